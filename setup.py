@@ -1,0 +1,46 @@
+"""Packaging of vlm_jax. Ranges are those that were run; see the README's table of versions."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*?)"', (HERE / "vlm_jax" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="vlm_jax",
+    version=VERSION,
+    description="Train, evaluate, sample and export LLaVA-family vision-language models in JAX on TPUs, GPUs and CPUs",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    package_data={"vlm_jax": ["data/*.json"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "ml_collections>=1.1",
+        "absl-py>=2.1",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2",
+        "safetensors>=0.6",
+        "einops>=0.8",
+        "numpy>=2.0",
+        "pillow>=11",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "gpu": ["jax[cuda12]>=0.10,<0.13"],
+        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3"],
+        "parity": ["torch==2.13.0"],
+        "logging": ["tensorboardX>=2.6", "wandb>=0.20"],
+    },
+)

@@ -1,0 +1,90 @@
+"""Writing a directory so that a full disk or a crash never leaves half a file in place of a good one.
+
+    DIR/.partial-<process>/...   everything is written here first
+    DIR/...                      then renamed, file by file, config files last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterator
+
+from vlm_jax.convert.tensors import CheckpointError
+
+
+@contextlib.contextmanager
+def staging(directory: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write into; on success its files replace those of `directory`, on failure nothing there changes.
+
+    An OSError (disk full, no permission) becomes one CheckpointError that names the directory. Weight files of an earlier export that
+    the new one does not hold (other shards, other format) are removed, so that no reader mixes the two.
+    """
+    target = Path(directory)
+    existed = target.is_dir()
+    stage = target / f".partial-{os.getpid()}"
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        _install(stage, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{target} could not be written ({reason}): nothing that was there before has changed") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if not existed and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _install(stage: Path, target: Path) -> None:
+    """Rename every staged file into `target`: weights first, then their index, then the configs that announce them."""
+    files = sorted(stage.iterdir(), key=lambda f: (f.suffix == ".json", f.name == "config.json", f.name))
+    new = {f.name for f in files}
+    for file in files:
+        os.replace(file, target / file.name)
+    if any(is_weights(name) for name in new):
+        for old in list(target.iterdir()):
+            if is_weights(old.name) and old.name not in new:
+                old.unlink()
+
+
+def is_weights(name: str) -> bool:
+    """Whether `name` is a model weight file or index that transformers would pick up."""
+    stem = name.removesuffix(".index.json")
+    return (name.startswith("model") and stem.endswith(".safetensors")) or (
+        name.startswith("pytorch_model") and stem.endswith(".bin")
+    )
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed over `path` on success, removed on failure."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{target} could not be written ({reason}): nothing that was there before has changed") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Parsed JSON; a missing or broken file raises one sentence naming it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error})") from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """`value` as indented JSON with sorted keys and a final newline."""
+    Path(path).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""From an image file to the uint8 views [V, S, S, 3] that a vision tower reads, bit-equal to HF's CLIP and SigLIP processors.
+
+    square   short side to S (bicubic), centre crop                                      V = 1
+    pad      centred on a square of the mean colour, then as square                      V = 1
+    anyres   [whole image squashed to S x S] + S x S tiles of the image padded to a grid V = 1 + tiles
+
+SigLIP squashes to S x S where CLIP resizes the short side and crops. Only Pillow's BICUBIC on uint8 is bit-exact. The float
+steps x/255, -mean, /std run on the device inside the tower; `normalise` is their reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.config import CLIP_MEAN, CLIP_STD, ConfigError, VLMConfig
+from vlm_jax.models import slots
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+LONGEST_SIDE = 1 << 16  # a thinner image would be blown up to gigabytes by the resize of its short side
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file and the record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """Where an image comes from: the file `path`, or `data` (encoded bytes, `path` is then only a name), and the record it is in."""
+
+    path: str
+    record: str = ""
+    data: bytes | None = None
+
+    @property
+    def label(self) -> str:
+        """Words for messages."""
+        return f"image {self.path}" + (f" of record {self.record}" if self.record else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes views of `size` pixels; `fit` is "crop" (CLIP) or "squash" (SigLIP)."""
+
+    size: int = 336
+    aspect: str = "pad"
+    fit: str = "crop"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    pinpoints: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, config: VLMConfig) -> Preprocess:
+        """The preprocessing that a model's config asks for."""
+        v = config.vision
+        fit = "squash" if v.kind == "siglip" else "crop"
+        return cls(v.image_size, config.aspect, fit, v.mean, v.std, config.pinpoints)
+
+    @property
+    def pad_colour(self) -> tuple[int, ...]:
+        """Mean colour, truncated to uint8: (122, 116, 104) for CLIP."""
+        return tuple(int(255 * m) for m in self.mean)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Views of an RGB image, uint8 [V, S, S, 3]."""
+        if self.aspect == "anyres":
+            return np.stack([self._fit(view) for view in self._anyres(image)])
+        return self._fit(pad_to_square(image, self.pad_colour) if self.aspect == "pad" else image)[None]
+
+    def _anyres(self, image: Image.Image) -> list[Image.Image]:
+        best = slots.select_best_resolution(*image.size, self.pinpoints)
+        columns, rows = slots.tile_grid(*image.size, self.pinpoints, self.size)
+        canvas, s = resize_and_pad(image, best), self.size
+        tiles = [canvas.crop((x * s, y * s, (x + 1) * s, (y + 1) * s)) for y in range(rows) for x in range(columns)]
+        return [image.resize((s, s), Image.Resampling.BICUBIC), *tiles]
+
+    def _fit(self, image: Image.Image) -> np.ndarray:
+        """The processor's resize and crop, uint8 [S, S, 3]."""
+        s, (w, h) = self.size, image.size
+        if (w, h) == (s, s):
+            return np.asarray(image)
+        if self.fit == "squash":
+            return np.asarray(image.resize((s, s), Image.Resampling.BICUBIC))
+        long = int(s * max(w, h) / min(w, h))
+        if long > LONGEST_SIDE:
+            raise ValueError(f"{w}x{h} pixels is too thin to be cropped to a square")
+        image = image.resize((s, long) if w <= h else (long, s), Image.Resampling.BICUBIC)
+        left, top = (image.width - s) // 2, (image.height - s) // 2
+        return np.asarray(image.crop((left, top, left + s, top + s)))
+
+
+def load_views(source: ImageSource, how: Preprocess) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode `source` -> (uint8 views [V, S, S, 3], (width, height)); raises ImageError in one sentence."""
+    image = open_image(source)
+    try:
+        return how(image), image.size
+    except ConfigError:
+        raise
+    except (ValueError, MemoryError) as error:
+        raise ImageError(f"{source.label} cannot be resized: {error}") from error
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Decode the whole image as RGB (greyscale, palette and RGBA files are converted)."""
+    return _read(source, lambda image: image.convert("RGB"))
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) from the file's header, without decoding."""
+    return _read(source, lambda image: image.size)
+
+
+def check_exists(source: ImageSource) -> None:
+    """Raise ImageError if the file is not there, without opening it."""
+    if source.data is None and not os.path.isfile(source.path):
+        raise ImageError(_missing(source))
+
+
+def _missing(source: ImageSource) -> str:
+    return f"{source.label} does not exist: check the image folder of the data config"
+
+
+def _read(source: ImageSource, take):
+    """`take(image)` of the opened file; every way a file can be broken becomes an ImageError."""
+    try:
+        with Image.open(source.path if source.data is None else io.BytesIO(source.data)) as image:
+            return take(image)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ImageError(_missing(source)) from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{source.label} is not an image file that Pillow can read") from error
+    except BROKEN as error:
+        raise ImageError(f"{source.label} is broken: {error}") from error
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """`image` centred on a square canvas of `colour` (LLaVA-1.5 `image_aspect_ratio=pad`)."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def resize_and_pad(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """`image` scaled into `target` (w, h) keeping its aspect, centred on black (LLaVA-1.6 anyres)."""
+    left, top, right, bottom = content_box(*image.size, target)
+    canvas = Image.new("RGB", target, (0, 0, 0))
+    canvas.paste(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+    return canvas
+
+
+def content_box(width: int, height: int, target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the scaled image inside `target` (w, h); the free side is rounded up."""
+    scale_w, scale_h = target[0] / width, target[1] / height
+    if scale_w < scale_h:
+        w, h = target[0], min(math.ceil(height * scale_w), target[1])
+    else:
+        w, h = min(math.ceil(width * scale_h), target[0]), target[1]
+    left, top = (target[0] - w) // 2, (target[1] - h) // 2
+    return left, top, left + w, top + h
+
+
+def normalise(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """uint8 [..., 3] -> float32 of the same shape: x * (1/255) in float64, cast, then (x - mean) / std in float32, as HF does."""
+    x = (views * (1 / 255)).astype(np.float32)
+    return (x - np.float32(mean)) / np.float32(std)
+
+
+def processor_dict(how: Preprocess) -> dict[str, Any]:
+    """The image processor of an HF directory (content of preprocessor_config.json) that computes the same pixels."""
+    square = {"height": how.size, "width": how.size}
+    written = {
+        "do_convert_rgb": True, "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(how.mean), "image_std": list(how.std),
+    }
+    if how.fit == "squash":
+        return {"image_processor_type": "SiglipImageProcessor", "size": square, **written}
+    kind = "LlavaImageProcessor" if how.aspect == "pad" else "CLIPImageProcessor"
+    written |= {"size": {"shortest_edge": how.size}, "do_center_crop": True, "crop_size": square}
+    return {"image_processor_type": kind, **written, **({"do_pad": True} if how.aspect == "pad" else {})}
+
+
+def read_processor(folder: str | Path) -> Preprocess | None:
+    """The preprocessing that an HF directory declares, or None where it declares none."""
+    for name in PROCESSOR_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                read = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"{path} is not valid JSON: {error}") from error
+            read = read.get("image_processor", read)
+            if "size" in read or "image_mean" in read:
+                return preprocess_of(read, str(path))
+    return None
+
+
+def preprocess_of(read: Mapping[str, Any], where: str) -> Preprocess:
+    """Preprocess from the dictionary of an HF image processor; raises ConfigError naming `where` on what we do not compute."""
+    siglip = "siglip" in str(read.get("image_processor_type", read.get("feature_extractor_type", ""))).lower()
+    size = read.get("size", 224)
+    squash = siglip or (isinstance(size, dict) and "height" in size and not read.get("do_center_crop", False))
+    side, crop = _side(size, where), _side(read.get("crop_size", size), where)
+    if not squash and read.get("do_center_crop", True) and crop != side:
+        raise ConfigError(f"{where} resizes to {side} but crops to {crop}: only processors with equal sizes are supported")
+    for key, wanted in (("resample", 3), ("do_resize", True), ("do_rescale", True), ("do_normalize", True)):
+        if read.get(key, wanted) != wanted:
+            raise ConfigError(f"{where} has {key}={read[key]!r}, but only {wanted!r} is supported")
+    if not math.isclose(read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise ConfigError(f"{where} has rescale_factor={read['rescale_factor']!r}, but only 1/255 is supported")
+    default = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
+    mean, std = (tuple(map(float, read.get(k) or d)) for k, d in zip(("image_mean", "image_std"), default))
+    return Preprocess(side, "pad" if read.get("do_pad") else "square", "squash" if squash else "crop", mean, std)
+
+
+def _side(size: Any, where: str) -> int:
+    if isinstance(size, dict):
+        sides = {size[k] for k in ("shortest_edge", "height", "width") if size.get(k)}
+        if len(sides) != 1:
+            raise ConfigError(f"{where} has the image size {size}, but only square views are supported")
+        return int(sides.pop())
+    return int(size)

@@ -1,0 +1,136 @@
+"""The assembled model: tower -> projector -> slots -> decoder, and its life as a flat dict of arrays.
+
+    batch (all [B, ...], see data.packing): tokens, image_slots, positions, segments int32 [B, T]; images uint8 [B, I, S, S, 3]
+    forward(model, batch) -> hidden [B, T, D];   logits = hidden @ model.llm.head_kernel()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm_jax.config import VLMConfig
+from vlm_jax.models.llama import Cache, Llama
+from vlm_jax.models.merge import merge_images
+from vlm_jax.models.projectors import Projector
+from vlm_jax.models.vit import VisionTower, normalise
+from vlm_jax.nn.params import Params, logical_axes, merge, normal, param, split
+from vlm_jax.parallel import rules
+from vlm_jax.parallel.rules import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a forward pass runs: activation dtypes, attention implementation, rematerialisation policy."""
+
+    dtype: str = "float32"
+    vision_dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+
+
+class VLM(nnx.Module):
+    """A LLaVA-family decoder-only vision-language model."""
+
+    def __init__(self, c: VLMConfig, rngs: nnx.Rngs):
+        self.config = c
+        self.tower = VisionTower(c.vision, rngs)
+        self.projector = Projector(c.projector, c.vision.feature_width, c.llm.width, rngs)
+        newline = normal(c.llm.width**-0.5)
+        self.image_newline = param(rngs, newline, (c.llm.width,), (None,)) if c.image_newline else None
+        self.llm = Llama(c.llm, rngs)
+
+    def encode_images(self, images: jax.Array, compute: Compute = Compute()) -> jax.Array:
+        """[B, I, S, S, 3] uint8 or normalised floats -> projected features [B, I*P, D]."""
+        B, I = images.shape[:2]
+        flat = images.reshape(B * I, *images.shape[2:])
+        pixels = normalise(flat, self.config.vision, jnp.dtype(compute.vision_dtype))
+        features = self.tower(shard(pixels, "batch", None, None, None), compute.attention)
+        projected = self.projector(features.astype(compute.dtype))
+        return shard(projected.reshape(B, -1, projected.shape[-1]), "batch", None, None)
+
+    def embed(self, tokens: jax.Array, image_slots: jax.Array, features: jax.Array | None, compute: Compute = Compute()) -> jax.Array:
+        """Text embeddings with the features in their slots: [B, T, D]."""
+        x = self.llm.embed(tokens, jnp.dtype(compute.dtype))
+        if features is None:
+            return shard(x, "batch", "length", None)
+        newline = None if self.image_newline is None else self.image_newline[...]
+        return merge_images(x, features, image_slots, newline)
+
+    def __call__(
+        self, batch: Mapping[str, jax.Array], cache: Cache | None = None, compute: Compute = Compute()
+    ) -> tuple[jax.Array, Cache | None]:
+        """Batch -> (hidden [B, T, D], cache). A batch without "images" is text only (a decoding step)."""
+        features = self.encode_images(batch["images"], compute) if "images" in batch else None
+        x = self.embed(batch["tokens"], batch.get("image_slots"), features, compute)
+        return self.llm(x, batch["positions"], batch["segments"], cache, compute.attention, compute.remat)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden states [..., D]."""
+        return jnp.matmul(hidden, self.llm.head_kernel().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def forward(model: VLM, batch: Mapping[str, jax.Array], compute: Compute = Compute()) -> jax.Array:
+    """Final-normed hidden states [B, T, D] of a row batch."""
+    return model(batch, None, compute)[0]
+
+
+@functools.lru_cache(maxsize=32)
+def abstract(config: VLMConfig) -> VLM:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: VLM(config, nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=32)
+def graph(config: VLMConfig) -> nnx.GraphDef:
+    """Static structure, the first argument of `merge`."""
+    return split(abstract(config))[0]
+
+
+def shapes(config: VLMConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """{"path": shape and dtype} of every parameter."""
+    return split(abstract(config))[1]
+
+
+def axes(config: VLMConfig) -> dict[str, tuple[str | None, ...]]:
+    """{"path": logical axes} of every parameter."""
+    return logical_axes(abstract(config))
+
+
+def build(config: VLMConfig, params: Mapping[str, jax.Array]) -> VLM:
+    """The model that computes with `params`."""
+    return merge(graph(config), params)
+
+
+def count(config: VLMConfig) -> int:
+    """Number of parameters, unused tower layers included."""
+    return sum(math.prod(s.shape) for s in shapes(config).values())
+
+
+def init(config: VLMConfig, seed: int, dtypes: Mapping[str, str] | None = None) -> Params:
+    """Random parameters, each created directly with its sharding when a mesh is in use.
+
+    dtypes: {"path": dtype} for leaves that are not kept in float32 (frozen ones); the cast happens inside the same program.
+    """
+    dtypes = dtypes or {}
+
+    def make() -> Params:
+        params = split(VLM(config, nnx.Rngs(seed)))[1]
+        return {path: x.astype(dtypes.get(path, x.dtype)) for path, x in params.items()}
+
+    return jax.jit(make, out_shardings=shardings(config))()
+
+
+def shardings(config: VLMConfig) -> dict[str, jax.sharding.NamedSharding] | None:
+    """{"path": NamedSharding} under the mesh in use, None without one."""
+    current = rules.current()
+    if current is None:
+        return None
+    names = axes(config)
+    return {path: rules.sharding(names[path], s.shape, *current) for path, s in shapes(config).items()}

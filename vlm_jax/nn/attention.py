@@ -1,0 +1,177 @@
+"""One attention function; a Mask is a value; an implementation honours the whole mask or raises.
+
+    attention(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], mask) -> [B,T,N,H]      query head n reads key head n // (N/K)
+
+| impl    | where        | causal | segments | window | bias | memory  | needs                                     |
+|---------|--------------|--------|----------|--------|------|---------|-------------------------------------------|
+| dense   | everywhere   | yes    | yes      | yes    | yes  | T S     | nothing: the reference                    |
+| chunked | everywhere   | yes    | yes      | yes    | yes  | T S / n | T a multiple of the chunk                 |
+| cudnn   | NVIDIA GPU   | yes    | as mask  | yes    | yes  | T S mask| 16-bit dtype, H % 8 == 0, H <= 128        |
+| splash  | TPU          | yes    | yes      | no     | no   | T + S   | T == S, a multiple of 128, no cache       |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from vlm_jax.parallel import rules
+
+IMPLEMENTATIONS = ("auto", "dense", "chunked", "cudnn", "splash")
+CHUNK = 512  # query slots per step of the chunked implementation
+NEGATIVE = -1e30  # finite, so that a row without any key gives the mean of v and not nan
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_segments", "k_segments", "q_offset", "bias"],
+    meta_fields=["causal", "window"],
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Who may attend to whom. Query slot t has index t + q_offset among the key slots.
+
+    causal: key slot <= query slot. window W: query - W < key slot (Mistral). Segments: equal ids only, 0 being padding
+    (padding sees padding, so that no softmax is empty). bias is added to the scores: [B|1, N|1, T, S].
+    """
+
+    causal: bool = False
+    window: int | None = None
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+    q_offset: jax.Array | int = 0
+    bias: jax.Array | None = None
+
+    def allowed(self, queries: int, keys: int) -> jax.Array | None:
+        """Boolean [B|1, 1, T, S], or None where everything is allowed.
+
+        Two samples of 2 and 1 tokens and one pad slot, causal (segments 1 1 2 0):
+            1 . . .
+            1 1 . .
+            . . 1 .
+            . . . 1
+        """
+        parts = []
+        distance = (jnp.arange(queries)[:, None] + self.q_offset) - jnp.arange(keys)[None, :]
+        if self.causal:
+            parts.append((distance >= 0)[None, None])
+        if self.window is not None:
+            parts.append((distance < self.window)[None, None])
+        if self.q_segments is not None:
+            parts.append((self.q_segments[:, :, None] == self.k_segments[:, None, :])[:, None])
+        return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, impl: str = "auto", scale: float | None = None) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads; see the module docstring. scale defaults to H^-1/2."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={impl!r} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "auto":
+        impl = choose(q, k, mask, jax.default_backend())
+    reason = refusal(impl, q, k, mask)
+    if reason:
+        raise ValueError(f"attention={impl} cannot compute this mask: {reason}; use attention=auto")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return {"dense": _dense, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}[impl](q, k, v, mask, scale)
+
+
+def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
+    """Why `impl` cannot compute this call exactly, or None."""
+    queries, keys, width = q.shape[1], k.shape[1], q.shape[-1]
+    static_start = isinstance(mask.q_offset, int) and mask.q_offset == 0
+    if impl == "chunked" and queries % CHUNK:
+        return f"{queries} query slots are not a multiple of {CHUNK}"
+    if impl == "cudnn":
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"cuDNN needs a 16-bit dtype, not {q.dtype}"
+        if width % 8 or width > 128:
+            return f"cuDNN needs a head width that is a multiple of 8 and at most 128, not {width}"
+    if impl == "splash":
+        if mask.window is not None or mask.bias is not None:
+            return "the splash kernel takes neither a window nor a bias here"
+        if queries != keys or queries % 128 or not static_start:
+            return f"the splash kernel needs equal query and key slots in multiples of 128, not {queries} and {keys}, and no cache"
+    return None
+
+
+def choose(q: jax.Array, k: jax.Array, mask: Mask, platform: str) -> str:
+    """The implementation that "auto" means on `platform`."""
+    long = q.shape[1] >= 1024
+    if platform == "tpu" and long and not refusal("splash", q, k, mask):
+        return "splash"
+    if platform == "gpu" and q.shape[1] > 1 and not refusal("cudnn", q, k, mask):
+        return "cudnn"
+    return "chunked" if long and not refusal("chunked", q, k, mask) else "dense"
+
+
+def _dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    return _scores_and_values(q, k, v, mask.allowed(q.shape[1], k.shape[1]), mask.bias, scale)
+
+
+def _scores_and_values(q, k, v, allowed, bias, scale) -> jax.Array:
+    """Float32 softmax over the allowed scores; grouped heads as [B, K, G, T, S]."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped * scale, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        wide = jnp.broadcast_to(bias, (bias.shape[0], N, T, S)) if bias.shape[1] == 1 else bias
+        scores = scores + wide.reshape(bias.shape[0], K, N // K, T, S)
+    if allowed is not None:
+        scores = jnp.where(allowed[:, :, None], scores, NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """Dense attention for CHUNK query slots at a time, recomputed in the backward pass."""
+    chunks = q.shape[1] // CHUNK
+
+    @jax.checkpoint
+    def block(i: jax.Array) -> jax.Array:
+        def cut(x, axis):
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * CHUNK, CHUNK, axis)
+
+        part = dataclasses.replace(mask, q_segments=cut(mask.q_segments, 1), q_offset=mask.q_offset + i * CHUNK, bias=cut(mask.bias, 2))
+        return _dense(cut(q, 1), k, v, part, scale)
+
+    out = jax.lax.map(block, jnp.arange(chunks))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """cuDNN's fused kernel through jax.nn; segments become a boolean mask, which is exact and costs T x S bits."""
+    return jax.nn.dot_product_attention(
+        q, k, v, mask.bias, mask=mask.allowed(q.shape[1], k.shape[1]), scale=scale, implementation="cudnn"
+    )
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, interpret: bool = False) -> jax.Array:
+    """TPU splash kernel with segment ids, run per shard: rows over batch axes, heads over the tensor axis."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, groups = q.shape[1], q.shape[2] // k.shape[2]
+    one = masks.CausalMask((T, T)) if mask.causal else masks.FullMask((T, T))
+    kernel = kernels.make_splash_mqa_single_device(masks.MultiHeadMask([one] * groups), interpret=interpret)
+    segments = mask.q_segments if mask.q_segments is not None else jnp.ones(q.shape[:2], jnp.int32)
+
+    def rows(q, k, v, ids):  # [b, T, n, H]: kernel over one row and one key head, with its group of query heads
+        grouped = (q * scale).reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
+        heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        out = jax.vmap(heads)(
+            jnp.einsum("BTKGH->BKGTH", grouped), jnp.einsum("BSKH->BKSH", k), jnp.einsum("BSKH->BKSH", v), kernels.SegmentIds(ids, ids)
+        )
+        return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape).astype(q.dtype)
+
+    current = rules.current()
+    if current is None:
+        return rows(q, k, v, segments)
+    mesh, table = current
+    batch, heads = rules.spec(("batch", "act_heads"), (q.shape[0], k.shape[2]), mesh, table)
+    wide, flat = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    return jax.shard_map(rows, mesh=mesh, in_specs=(wide, wide, wide, flat), out_specs=wide, check_vma=False)(q, k, v, segments)

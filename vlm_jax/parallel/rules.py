@@ -1,0 +1,81 @@
+"""Logical axis names -> mesh axes: the one table that says what is sharded over what.
+
+Parameters and activations name *logical* axes ("embed", "mlp", "batch"); only this file and `mesh` know the mesh axes
+`data, fsdp, tensor, seq`. Without a mesh in use every function here is a no-op, so models run unchanged on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from typing import Iterator, Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# Parameter axes first, then activation axes. A name that is absent is not sharded.
+DEFAULT_RULES: Rules = {
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "batch": ("data", "fsdp"),
+    "length": ("seq",),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+
+_current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh_and_rules", default=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[Mesh]:
+    """Trace and run everything inside under `mesh`; `shard` then resolves logical names through `rules`."""
+    token = _current.set((mesh, rules))
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _current.reset(token)
+
+
+def current() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules in use, or None."""
+    return _current.get()
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PartitionSpec:
+    """PartitionSpec of an array of `shape` with logical `axes`.
+
+    A mesh axis is used at most once (first dimension wins), and a dimension that the mesh axes do not divide is left
+    whole, because jit refuses uneven shards at its boundary.
+    """
+    taken: set[str] = set()
+    out: list[tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        names = tuple(a for a in rules.get(name, ()) if mesh.shape.get(a, 1) > 1 and a not in taken) if name else ()
+        if names and size % math.prod(mesh.shape[a] for a in names) == 0:
+            taken.update(names)
+            out.append(names)
+        else:
+            out.append(None)
+    return PartitionSpec(*out)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """NamedSharding of an array with logical `axes`; see `spec`."""
+    return NamedSharding(mesh, spec(axes, shape, mesh, rules))
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrain `x` to its logical axes under the mesh in use; identity without one."""
+    current = _current.get()
+    if current is None:
+        return x
+    mesh, rules = current
+    return jax.lax.with_sharding_constraint(x, sharding(axes, x.shape, mesh, rules))
