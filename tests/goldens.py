@@ -6,8 +6,10 @@ is not in this repository; VLM_JAX_SHARED (default: a folder `shared` beside the
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any, Callable
 
 import pytest
 
@@ -27,3 +29,25 @@ def needs_shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"{relative} belongs to another project and is not in this repository; set VLM_JAX_SHARED to the folder that has it")
     return path
+
+
+def golden(folder: str, *patterns: str, holds: Callable[[Any], bool] | None = None):
+    """Run a test with argument `path` once per file of a kind; where the root has none the test is not collected at all.
+
+    `holds` chooses JSON files by what they contain, where several kinds share a pattern.
+    """
+    paths = sorted({path for pattern in patterns for path in cases(folder, pattern)})
+    if holds is not None:
+        paths = [path for path in paths if holds(json.loads(path.read_text(encoding="utf-8")))]
+
+    def mark(test):
+        return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)(test) if paths else None
+
+    return mark
+
+
+def beside(path: Path, name: str) -> Path:
+    """What a case needs beyond its own file: next to it, else this project's own copy, else another project's, or skip."""
+    own = ROOT / "goldens" / path.parent.relative_to(GOLDENS) / name
+    found = next((p for p in (path.parent / name, own) if p.exists()), None)
+    return found or needs_shared(f"goldens/{path.parent.relative_to(GOLDENS)}/{name}")

@@ -19,8 +19,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names the key and what to do."""
+class UserError(ValueError):
+    """Something that the person at the keyboard can mend: the message is one sentence with the file, record or key and what to do."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be run; the message names the key."""
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -37,7 +37,7 @@ class ImageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Where an image comes from: the file `path`, or `data` (encoded bytes, `path` is then only a name), and the record it is in."""
+    """Where an image comes from: the file `path`, or the encoded bytes `data` (`path` is then only a name); `record` names its record."""
 
     path: str
     record: str = ""
@@ -46,7 +46,14 @@ class ImageSource:
     @property
     def label(self) -> str:
         """Words for messages."""
-        return f"image {self.path}" + (f" of record {self.record}" if self.record else "")
+        return f"image {self.path}" + (f" of {self.record}" if self.record else "")
+
+    @classmethod
+    def of(cls, image: ImageSource | str | Path | bytes, record: str = "") -> ImageSource:
+        """A source from whatever a sample holds: a source, a path, or encoded bytes."""
+        if isinstance(image, ImageSource):
+            return image
+        return cls("in memory", record, image) if isinstance(image, bytes) else cls(str(image), record)
 
 
 @dataclasses.dataclass(frozen=True)

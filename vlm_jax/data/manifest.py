@@ -1,14 +1,15 @@
 """What every record will take in a row, measured once and kept: the manifest that packing plans and resuming rest on.
 
-    lengths int32 [N]   slots of each record after cutting to the limit; 0 = unusable
-    views   int32 [N]   image views
-    checks  uint32 [N]  checksum of tokens and labels, so that a changed record is noticed
-    status  uint8 [N]   OK, REJECTED (its images do not fit) or BAD (broken record or image)
+    lengths [N]  slots of the record after cutting text to the limit; 0 = unusable
+    views   [N]  image views
+    checks  [N]  crc32 of tokens and labels, so that a changed record is noticed
+    status  [N]  OK, REJECTED (its images do not fit) or BAD (a broken record or image)
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,9 +22,10 @@ from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
-from vlm_jax.config import VLMConfig, to_dict
+from vlm_jax.config import ConfigError, VLMConfig, to_dict
 from vlm_jax.data import images
-from vlm_jax.data.packing import Slots, TooLong, expand
+from vlm_jax.data.packing import Slots, expand, truncate
+from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import slots_of_image, views_of_image
 
 log = logging.getLogger(__name__)
@@ -34,47 +36,73 @@ VERSION = 1  # of the measurement: a cached manifest of another version is measu
 
 
 class DataError(ValueError):
-    """The data cannot be trained on; the message names the record and what to do."""
+    """The data cannot be trained on; the message names the record and says what to do."""
+
+
+class TooLong(ValueError):
+    """A sample that is rejected, because its images do not fit or nothing that is supervised would be left."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one record becomes slots: `encode(record) -> Sample`, the model's image geometry, and the limits of a sample."""
+    """How one record becomes slots: `encode(record) -> Sample`, the model's image geometry, and the limits of one sample."""
 
-    encode: Callable[[Any], Any]
+    encode: Callable[[Any], Sample]
     config: VLMConfig
     limit: int
     view_budget: int
 
-    def place(self, sample: Any, sizes: Sequence[tuple[int, int]], name: str) -> tuple[Slots, int]:
-        """(slots of the sample, its image views) for images of `sizes` (w, h); raises TooLong if its images do not fit."""
-        views = [views_of_image(*size, self.config) for size in sizes]
-        if sum(views) > self.view_budget:
-            raise TooLong(f"{name} has {sum(views)} image views, but a row holds {self.view_budget}")
-        slots = [slots_of_image(*size, self.config) for size in sizes]
-        return expand(sample, slots, views, self.config.vision.features, self.limit, name), sum(views)
+    def place(self, sample: Sample, sizes: Sequence[tuple[int, int]], name: str) -> tuple[Slots, int, int]:
+        """(slots, images kept, their views) of a sample with images of `sizes` (w, h), cut to the limit between images and text.
 
-    def sizes(self, sample: Any) -> list[tuple[int, int]]:
-        """(w, h) of the sample's images: from the headers where slots depend on them, else only that the files exist."""
+        TooLong: a row cannot hold its views, or nothing that is supervised is left.
+        """
+        slots = [slots_of_image(*size, self.config) for size in sizes]
+        kept = truncate(sample, [len(s) for s in slots], self.limit)
+        if kept is None:
+            takes = len(sample.tokens) + sum(len(s) - 1 for s in slots)
+            raise TooLong(f"{name} takes {takes} slots and nothing in the first {self.limit} is trained on")
+        count = len(kept.images)
+        views = [views_of_image(*size, self.config) for size in sizes[:count]]
+        if sum(views) > self.view_budget:
+            raise TooLong(f"{name} has {sum(views)} image views, but data.view_budget={self.view_budget} a row")
+        return expand(kept, slots[:count], views, self.config.vision.features), count, sum(views)
+
+    def sizes(self, sources: Sequence[images.ImageSource]) -> list[tuple[int, int]]:
+        """(w, h) of images: from their headers where slots depend on them, else only that the files exist."""
         if self.config.aspect == "anyres":
-            return [images.image_size(source) for source in sample.images]
-        for source in sample.images:
+            return [images.image_size(source) for source in sources]
+        for source in sources:
             images.check_exists(source)
-        return [(1, 1)] * len(sample.images)
+        return [(1, 1)] * len(sources)
+
+    def measure(self, records: Sequence[Any], start: int, stop: int) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
+        """([n, 4] of length, views, check, status; [(index, status, sentence)] of the unusable) for records[start:stop]."""
+        table, notes = np.zeros((stop - start, 4), np.int64), []
+        for index in range(start, stop):
+            try:
+                record = records[index]
+                sample, name = self.encode(record), name_of(record, index)
+                slots, _, views = self.place(sample, self.sizes(sources_of(sample, name)), name)
+                table[index - start] = len(slots), views, checksum(sample), OK
+            except ConfigError:
+                raise
+            except (ValueError, OSError) as error:
+                status = REJECTED if isinstance(error, TooLong) else BAD
+                table[index - start, 3] = status
+                notes.append((index, status, str(error)))
+        return table, notes
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """See the module; `notes` holds (record index, sentence) of the unusable records, the first of each chunk only."""
+    """The table of the module docstring (int64 arrays [N]) and (index, status, sentence) of the records that are not used."""
 
     lengths: np.ndarray
     views: np.ndarray
     checks: np.ndarray
     status: np.ndarray
-    notes: tuple[tuple[int, str], ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+    notes: tuple[tuple[int, int, str], ...] = ()
 
     @property
     def usable(self) -> np.ndarray:
@@ -82,43 +110,142 @@ class Manifest:
         return np.flatnonzero(self.status == OK)
 
     def count(self, status: int) -> int:
-        """Number of records with `status`."""
+        """Number of records with this status."""
         return int((self.status == status).sum())
 
-    @property
     def digest(self) -> str:
-        """Hash of everything that the order of samples depends on."""
+        """Hash of everything in the data that the order of samples and their slots depend on."""
         digest = hashlib.sha256()
         for array in (self.lengths, self.views, self.checks, self.status):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:32]
 
 
-def checksum(sample: Any) -> int:
+def name_of(record: Any, index: int) -> str:
+    """Words for messages: the record's own `where` (file and number) if it has one."""
+    return getattr(record, "where", f"record {index}")
+
+
+def sources_of(sample: Sample, name: str) -> list[images.ImageSource]:
+    """Images of a sample in order; paths are given the name of their record."""
+    return [images.ImageSource.of(image, name) for image in sample.images]
+
+
+def checksum(sample: Sample) -> int:
     """crc32 of the tokens and labels of a sample."""
-    return zlib.crc32(np.asarray(sample.labels, np.int32).tobytes(), zlib.crc32(np.asarray(sample.tokens, np.int32).tobytes()))
-
-
-def measure(records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0) -> Manifest:
-    """Encode every record once; stops with DataError as soon as more than `max_bad` are bad.
-
-    `processes` > 0 spawns that many workers (records and encode must then be picklable); else `threads` threads measure.
-    """
-    bounds = [(a, min(a + CHUNK, len(records))) for a in range(0, len(records), CHUNK)]
-    parts, notes, bad = [], [], 0
-    for table, sentences in _chunks(records, layout, bounds, threads, processes):
-        parts.append(table)
-        notes += sentences[:1]
-        bad += int((table[3] == BAD).sum())
-        check_limit(bad, max_bad, next((s for _, s in notes if not s.startswith(_REJECTED)), ""))
-    columns = [np.concatenate(column) if parts else np.zeros(0) for column in zip(*parts)] or [np.zeros(0)] * 4
-    dtypes = (np.int32, np.int32, np.uint32, np.uint8)
-    return Manifest(*[c.astype(d) for c, d in zip(columns, dtypes)], notes=tuple(notes))
+    tokens, labels = (np.asarray(a, np.int32).tobytes() for a in (sample.tokens, sample.labels))
+    return zlib.crc32(labels, zlib.crc32(tokens))
 
 
 def check_limit(bad: int, max_bad: int, sentence: str) -> None:
     """Raise DataError when more samples are bad than the config allows."""
     if bad > max_bad:
-        raise DataError(f"{bad} samples are unusable, more than data.max_bad={max_bad} allows; one of them: {sentence}")
+        raise DataError(f"{bad} samples are unusable, more than data.max_bad={max_bad} allows; the last one: {sentence}")
 
 
+def measure(records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0) -> Manifest:
+    """Encode every record once; stops with DataError as soon as more than `max_bad` are bad.
+
+    processes > 0 starts that many workers (records and layout.encode must then be picklable); else threads do the work.
+    """
+    parts, notes = [np.zeros((0, 4), np.int64)], []
+    for table, found in _chunks(records, layout, threads, processes):
+        parts.append(table)
+        notes += found
+        bad = [sentence for _, status, sentence in notes if status == BAD]
+        check_limit(len(bad), max_bad, bad[-1] if bad else "")
+    manifest = Manifest(*np.concatenate(parts).T.copy(), notes=tuple(notes))
+    for _, status, sentence in notes[:20]:
+        log.warning("%s: %s", "skipped" if status == BAD else "rejected", sentence)
+    if len(notes) > 20:
+        log.warning("%d skipped and %d rejected records in all", manifest.count(BAD), manifest.count(REJECTED))
+    if not len(manifest.usable):
+        first = f"; the first: {notes[0][2]}" if notes else ""
+        raise DataError(f"none of the {len(records)} records can be trained on{first}")
+    return manifest
+
+
+def _chunks(records: Sequence[Any], layout: Layout, threads: int, processes: int) -> Iterator[tuple[np.ndarray, list]]:
+    """`Layout.measure` over all records in chunks, in order, a bounded number of chunks ahead."""
+    if processes:
+        context = multiprocessing.get_context("spawn")  # fork is unsafe once JAX has started its threads
+        pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (records, layout))
+        task, ahead = _measure_here, 4 * processes
+    else:
+        pool, ahead = concurrent.futures.ThreadPoolExecutor(max(threads, 1)), 4 * max(threads, 1)
+
+        def task(start: int, stop: int):
+            return layout.measure(records, start, stop)
+
+    bounds = iter([(a, min(a + CHUNK, len(records))) for a in range(0, len(records), CHUNK)])
+    with contextlib.closing(_Ahead(pool)) as queue:
+        for start, stop in bounds:
+            queue.pending.append(pool.submit(task, start, stop))
+            if len(queue.pending) >= ahead:
+                yield queue.pending.pop(0).result()
+        while queue.pending:
+            yield queue.pending.pop(0).result()
+
+
+class _Ahead:
+    """Futures in flight; closing drops those that have not begun, so that an error stops the measurement at once."""
+
+    def __init__(self, pool: concurrent.futures.Executor):
+        self.pool, self.pending = pool, []
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+_WORKER: list[Any] = []  # (records, layout) of a measuring process
+
+
+def _start_worker(records: Sequence[Any], layout: Layout) -> None:
+    _WORKER[:] = [records, layout]
+
+
+def _measure_here(start: int, stop: int) -> tuple[np.ndarray, list]:
+    records, layout = _WORKER
+    return layout.measure(records, start, stop)
+
+
+def load_or_measure(
+    records: Sequence[Any], layout: Layout, max_bad: int, cache: str | Path | None = None, threads: int = 4, processes: int = 0
+) -> Manifest:
+    """`measure`, kept as <cache>/manifest-<key>.npz for the next run over the same records and encoding.
+
+    Kept only where the content of both is known (see `fingerprint`) and no record is bad: a missing image may be there next time.
+    """
+    path = _cache_path(records, layout, cache)
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            notes = tuple((int(i), int(s), str(t)) for i, s, t in json.loads(str(kept["notes"])))
+            return Manifest(*(kept[name] for name in ("lengths", "views", "checks", "status")), notes=notes)
+    manifest = measure(records, layout, max_bad, threads, processes)
+    if path is not None and not manifest.count(BAD):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        fields = {k: getattr(manifest, k) for k in ("lengths", "views", "checks", "status")}
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, notes=json.dumps(manifest.notes), **fields)
+        os.replace(partial, path)
+    return manifest
+
+
+def fingerprint(source: Any) -> str | None:
+    """Hash of what `source` (records, or an encode function) holds: its own `fingerprint`, or that of its file `path`; else None."""
+    mark = getattr(source, "fingerprint", None)
+    if mark is None and getattr(source, "path", None) is not None:
+        with open(source.path, "rb") as file:
+            mark = f"{hashlib.file_digest(file, 'blake2b').hexdigest()} {getattr(source, 'image_folder', '')}"
+    return mark
+
+
+def _cache_path(records: Sequence[Any], layout: Layout, cache: str | Path | None) -> Path | None:
+    marks = [fingerprint(records), fingerprint(layout.encode)] if cache is not None else [None]
+    if None in marks:
+        return None
+    config = to_dict(layout.config)
+    geometry = [config["vision"], config["aspect"], config["merge"], config["pinpoints"], layout.limit, layout.view_budget]
+    key = json.dumps([VERSION, len(records), marks, geometry], sort_keys=True)
+    return Path(cache) / f"manifest-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"

@@ -11,18 +11,15 @@ serves every window at once. It is a pure function of its arguments, so a row is
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Sequence
 
 import numpy as np
 
 from vlm_jax.config import IGNORE, IMAGE
+from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import NEWLINE
 
 WINDOW = 4096  # samples packed together; a larger window fills rows a little better and takes proportionally longer to plan
-
-
-class TooLong(ValueError):
-    """A sample whose images do not fit into the slots or views allowed; it is rejected, never cut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,33 +38,44 @@ class Slots:
         return len(self.tokens)
 
 
-def expand(
-    sample: Any, image_slots: Sequence[np.ndarray], views: Sequence[int], features: int, limit: int, name: str = "a sample"
-) -> Slots:
-    """Lay `sample` (tokens with IMAGE, labels; [n]) out in at most `limit` slots.
+def truncate(sample: Sample, image_slots: Sequence[int], limit: int) -> Sample | None:
+    """The longest beginning of a sample that takes at most `limit` slots, image k taking image_slots[k]; no image is ever cut.
 
-    image_slots[i], views[i] belong to the i-th image (models.slots); `features` is P. Text is cut at the end to fit; a sample
-    whose last image would be cut raises TooLong.
+    None if it would hold nothing that is supervised: such a sample is rejected and counted.
     """
-    tokens, labels = np.asarray(sample.tokens, np.int32), np.asarray(sample.labels, np.int32)
-    where = np.flatnonzero(tokens == IMAGE)
-    if len(where) != len(image_slots):
-        raise ValueError(f"{name} has {len(where)} image placeholders but {len(image_slots)} images")
-    takes = np.ones(len(tokens), np.int64)
-    takes[where] = [len(s) for s in image_slots]
-    if len(where) and takes[: where[-1] + 1].sum() > limit:
-        raise TooLong(f"{name} needs {takes[: where[-1] + 1].sum()} slots up to the end of its last image, but {limit} are allowed")
+    takes = _takes(sample, image_slots)
+    kept = int(np.searchsorted(np.cumsum(takes), limit, side="right"))
+    tokens, labels = sample.tokens[:kept], sample.labels[:kept]
+    if not (labels[1:] != IGNORE).any():
+        return None
+    return dataclasses.replace(sample, tokens=tokens, labels=labels, images=sample.images[: int((tokens == IMAGE).sum())])
+
+
+def _takes(sample: Sample, image_slots: Sequence[int]) -> np.ndarray:
+    """Slots of each token, int64 [n]: 1 for text."""
+    takes = np.ones(len(sample.tokens), np.int64)
+    takes[sample.tokens == IMAGE] = image_slots
+    return takes
+
+
+def expand(sample: Sample, image_slots: Sequence[np.ndarray], views: Sequence[int], features: int) -> Slots:
+    """Lay a sample out in slots; nothing is cut (see `truncate`).
+
+    image_slots[i] (models.slots, relative to its first view) and views[i] belong to the i-th image; `features` is P.
+    """
+    where = np.flatnonzero(sample.tokens == IMAGE)
+    takes = _takes(sample, [len(s) for s in image_slots])
     placed = np.full(int(takes.sum()), -1, np.int32)
     starts, first_view = np.cumsum(takes) - takes, 0
     for at, relative, count in zip(starts[where], image_slots, views):
         placed[at : at + len(relative)] = np.where(relative == NEWLINE, NEWLINE, relative + first_view * features)
         first_view += count
-    tokens, labels = np.repeat(np.where(tokens == IMAGE, 0, tokens), takes), np.repeat(labels, takes)
-    labels[placed != -1] = IGNORE
-    tokens, placed, labels = tokens[:limit], placed[:limit], labels[:limit]
-    following = np.append(labels[1:], np.int32(IGNORE))
+    tokens = np.repeat(np.where(sample.tokens == IMAGE, 0, sample.tokens), takes).astype(np.int32)
+    labels = np.where(placed == -1, np.repeat(sample.labels, takes), IGNORE)
+    following = np.append(labels[1:], IGNORE)
     supervised = following != IGNORE
-    return Slots(tokens, placed, np.where(supervised, following, 0).astype(np.int32), supervised.astype(np.float32))
+    targets = np.where(supervised, following, 0).astype(np.int32)
+    return Slots(tokens, placed, targets, supervised.astype(np.float32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ one character share it, the invisible space before a text is empty, and tokens t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -68,12 +69,16 @@ class SentencePieceModel:
         self._cut = re.compile("|".join(map(_pattern, sorted(self.added, key=lambda t: -len(t.text)))) or "(?!)")
 
     @property
+    def content(self) -> bytes:
+        return self._first.serialized_model_proto()
+
+    @property
     def size(self) -> int:
         """Ids go from 0 to size - 1."""
         return max([self.pieces - 1, *self._by_id]) + 1
 
     def with_tokens(self, tokens: Sequence[AddedToken]) -> "SentencePieceModel":
-        return SentencePieceModel(self._first.serialized_model_proto(), (*self.added, *tokens), self.legacy)
+        return SentencePieceModel(self.content, (*self.added, *tokens), self.legacy)
 
     def id_of(self, text: str) -> int | None:
         if text in self._by_text:
@@ -139,6 +144,10 @@ class TokenizersModel:
                            for i, t in sorted(self._model.get_added_tokens_decoder().items()))
 
     @property
+    def content(self) -> bytes:
+        return self._document.encode()
+
+    @property
     def size(self) -> int:
         return max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -180,6 +189,11 @@ class Tokenizer:
     @property
     def legacy(self) -> bool | None:
         return self.model.legacy
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that ids depend on."""
+        return hashlib.sha256(self.model.content + repr((self.model.added, self.legacy, self.prefix, self.suffix)).encode()).hexdigest()
 
     def id_of(self, text: str) -> int | None:
         """Id of a piece or added token, None if there is no such token."""
@@ -248,36 +262,31 @@ class Tokenizer:
                 shutil.copyfile(Path(self.source) / name, Path(directory) / name)
 
 
-def load_tokenizer(path: str | Path, *, legacy: bool | None = None, added: Sequence[AddedToken] = (), **names: str | None) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, legacy: bool | None = None, added: Sequence[AddedToken] = (), bos: str | None = None,
+                   eos: str | None = None, unk: str | None = None, pad: str | None = None) -> Tokenizer:
     """The tokenizer of a model directory (tokenizer.json if it holds one, else tokenizer.model) or of one such file.
 
-    Special tokens, `legacy` and BOS/EOS habits come from tokenizer_config.json, special_tokens_map.json and added_tokens.json where
-    they are; the arguments (bos=, eos=, unk=, pad= take the token's text) go before them.
+    Special tokens, `legacy` and the BOS and EOS habits come from tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json where they are, else they are Llama's; an argument that is given (the token's text) goes before them.
     """
     path = Path(path)
-    directory = path if path.is_dir() else path.parent
-    candidates = [path / name for name in FILES[:2]] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
+    file = next((path / name for name in FILES[:2] if (path / name).is_file()), None) if path.is_dir() else path
+    if file is None or not file.is_file():
         raise TokenizerError(f"{path} holds no tokenizer.json and no tokenizer.model: copy the tokenizer of the model there")
-    settings = _settings(directory) if path.is_dir() else {}
-    names = {kind: names.get(kind, _content(settings.get(f"{kind}_token", usual))) for kind, usual in _NAMES.items()}
-    source = directory if path.is_dir() else None
+    settings = _settings(path) if path.is_dir() else {}
+    given = {"bos": bos, "eos": eos, "unk": unk, "pad": pad}
+    names = {kind: given[kind] or _content(settings.get(f"{kind}_token", usual)) for kind, usual in _NAMES.items()}
     if file.suffix == ".json":
         model = _parsed(file, lambda: TokenizersModel(file.read_text(encoding="utf-8")))
-        if added:
-            model = model.with_tokens(added)
-        return Tokenizer(model, names, model.prefix, model.suffix, source)
-    if legacy is None:
-        legacy = settings.get("legacy")
-    added = [*_added_tokens(directory, settings), *added] if path.is_dir() else added
-    model = _parsed(file, lambda: SentencePieceModel(file.read_bytes(), added, legacy is not False))
-    tokenizer = Tokenizer(model, names, source=source)
-    if settings.get("add_bos_token", True) and tokenizer.bos_id is not None:
-        tokenizer.prefix = (tokenizer.bos_id,)
-    if settings.get("add_eos_token", False) and tokenizer.eos_id is not None:
-        tokenizer.suffix = (tokenizer.eos_id,)
-    return tokenizer
+        model = model.with_tokens(added) if added else model
+        return Tokenizer(model, names, model.prefix, model.suffix, path)
+    tokens = [*_added_tokens(path, settings), *added]
+    legacy = settings.get("legacy") if legacy is None else legacy
+    model = _parsed(file, lambda: SentencePieceModel(file.read_bytes(), tokens, legacy is not False))
+    bos_id, eos_id = (model.id_of(names[kind]) if names[kind] else None for kind in ("bos", "eos"))
+    prefix = [bos_id] if bos_id is not None and settings.get("add_bos_token", True) else []
+    suffix = [eos_id] if eos_id is not None and settings.get("add_eos_token", False) else []
+    return Tokenizer(model, names, prefix, suffix, path)
 
 
 def check_vocabulary(tokenizer: Tokenizer, llm_vocab: int, where: str = "the model") -> None:

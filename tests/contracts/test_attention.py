@@ -1,0 +1,146 @@
+"""Contract 1: every implementation equals the dense reference on packed rows, or raises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_jax.nn import attention as module
+from vlm_jax.nn.attention import IMPLEMENTATIONS, Mask, attention, choose, refusal
+from vlm_jax.parallel import rules
+from vlm_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+def qkv(rows=2, slots=24, keys=None, heads=4, kv_heads=2, width=8, seed=0, dtype=jnp.float32):
+    k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
+    keys = keys or slots
+    return (
+        jax.random.normal(k1, (rows, slots, heads, width), dtype),
+        jax.random.normal(k2, (rows, keys, kv_heads, width), dtype),
+        jax.random.normal(k3, (rows, keys, kv_heads, width), dtype),
+    )
+
+
+def packed(rows, slots, lengths=(9, 7)):
+    ids = np.zeros((rows, slots), np.int32)
+    start = 0
+    for i, n in enumerate(lengths):
+        ids[:, start : start + n] = i + 1
+        start += n
+    return jnp.asarray(ids)
+
+
+def by_hand(q, k, v, segments, causal, window):
+    """Attention written out with python loops over rows, heads and slots."""
+    B, T, N, H = q.shape
+    out = np.zeros((B, T, N, H))
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    for b in range(B):
+        for n in range(N):
+            for t in range(T):
+                seen = [
+                    s for s in range(k.shape[1])
+                    if segments[b, s] == segments[b, t] and (not causal or s <= t) and (window is None or s > t - window)
+                ]
+                g = n // (N // k.shape[2])
+                scores = np.array([q[b, t, n] @ k[b, s, g] for s in seen]) / np.sqrt(H)
+                w = np.exp(scores - scores.max())
+                out[b, t, n] = (w / w.sum()) @ np.array([v[b, s, g] for s in seen])
+    return out
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 10), st.integers(0, 8), st.booleans(), st.sampled_from([None, 1, 3]), st.sampled_from([1, 2, 4]))
+def test_dense_is_attention_written_out(first, second, causal, window, kv_heads):
+    q, k, v = qkv(slots=18, kv_heads=kv_heads)
+    ids = packed(2, 18, (first, second))
+    ours = attention(q, k, v, Mask(causal, window, ids, ids), "dense")
+    np.testing.assert_allclose(ours, by_hand(q, k, v, np.asarray(ids), causal, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_chunked_equals_dense_with_gradients(window, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 8)
+    q, k, v = qkv()
+    ids = packed(2, 24)
+    bias = jax.random.normal(jax.random.key(5), (1, 4, 24, 24))
+
+    def run(impl):
+        return jax.value_and_grad(lambda q, k, v: (attention(q, k, v, Mask(True, window, ids, ids, bias=bias), impl) ** 2).sum(), (0, 1, 2))(q, k, v)
+
+    (a, ga), (b, gb) = run("dense"), run("chunked")
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ga, gb)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+def test_splash_equals_dense_in_interpret_mode(causal):
+    q, k, v = qkv(rows=1, slots=256, heads=4, kv_heads=2, width=64)
+    ids = packed(1, 256, (100, 120))
+    mask = Mask(causal, None, ids, ids)
+
+    def run(f):
+        return jax.value_and_grad(lambda q, k, v: (f(q, k, v) ** 2).sum(), (0, 1, 2))(q, k, v)
+
+    a, ga = run(lambda q, k, v: module._splash(q, k, v, mask, 0.125, interpret=True))
+    b, gb = run(lambda q, k, v: attention(q, k, v, mask, "dense"))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), ga, gb)
+
+
+@pytest.mark.slow
+def test_splash_under_a_mesh_equals_dense():
+    q, k, v = qkv(rows=4, slots=128, heads=4, kv_heads=2, width=64)
+    ids = packed(4, 128, (60, 50))
+    mask = Mask(True, None, ids, ids)
+    expected = attention(q, k, v, mask, "dense")
+    with rules.use(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        got = jax.jit(lambda q, k, v: module._splash(q, k, v, mask, 0.125, interpret=True))(q, k, v)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_lowers_for_tpu_with_the_splash_kernel():
+    """The kernel path compiles to a TPU custom call on a machine without a TPU."""
+    q, k, v = qkv(rows=1, slots=1024, width=128, dtype=jnp.bfloat16)
+    ids = packed(1, 1024, (500, 400))
+    f = jax.jit(lambda q, k, v: attention(q, k, v, Mask(True, None, ids, ids), "splash"))
+    text = jax.export.export(f, platforms=["tpu"])(q, k, v).mlir_module()
+    assert "tpu_custom_call" in text
+
+
+def test_cache_offset_equals_the_last_rows_of_the_full_pass():
+    q, k, v = qkv(slots=12)
+    ids = packed(2, 12, (12,))
+    full = attention(q, k, v, Mask(True, None, ids, ids), "dense")
+    last = attention(q[:, 8:], k, v, Mask(True, None, ids[:, 8:], ids, q_offset=jnp.asarray(8)), "dense")
+    np.testing.assert_allclose(last, full[:, 8:], atol=1e-6)
+
+
+def test_a_row_without_keys_is_finite():
+    q, k, v = qkv(slots=4)
+    out = attention(q, k, v, Mask(False, None, jnp.full((2, 4), 7), jnp.zeros((2, 4), jnp.int32)), "dense")
+    assert np.isfinite(np.asarray(out)).all()
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLEMENTATIONS if i not in ("auto", "dense")])
+def test_what_cannot_be_honoured_raises(impl):
+    q, k, v = qkv(slots=24)
+    with pytest.raises(ValueError, match=f"attention={impl} cannot compute this mask"):
+        attention(q, k, v, Mask(True, 3, packed(2, 24), packed(2, 24)), impl)
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match="attention='flash' is unknown: use one of auto, dense"):
+        attention(*qkv(), Mask(), "flash")
+
+
+def test_auto_only_chooses_what_is_exact():
+    for platform in ("cpu", "gpu", "tpu"):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for slots in (1, 577, 1024, 2048):
+                q, k, _ = (jax.ShapeDtypeStruct((1, slots, 2, 128), dtype) for _ in range(3))
+                for mask in (Mask(True), Mask(True, 8), Mask(bias=jnp.zeros((1, 1, 1, 1))), Mask(q_offset=jnp.asarray(3))):
+                    assert refusal(choose(q, k, mask, platform), q, k, mask) is None

@@ -1,0 +1,52 @@
+"""Tokenizers made from nothing, for models that are trained from nothing: files that `load_tokenizer` and transformers read.
+
+    byte_level   BPE over bytes: nothing is unknown
+    word_level   one id per word, number or punctuation mark
+Both have <s>, </s>, <unk>, <pad> as ids 1, 2, 0, 3 and put <s> first, as Llama's does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+
+
+def byte_level(texts: Iterable[str], vocab: int, directory: Path) -> None:
+    """Train a byte-level BPE of at most `vocab` tokens on `texts` and write it to `directory`."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(texts, trainer)
+    _write(made, directory)
+
+
+def word_level(texts: Iterable[str], directory: Path) -> None:
+    """Collect the words of `texts`: runs of letters, runs of digits and single marks, each with its leading space if it has one."""
+    words = sorted({" ", "\n"} | {word for text in texts for word in re.findall(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]|_|\s", text)})
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pattern = tokenizers.Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]|\s")
+    made.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    made.decoder = decoders.Fuse()
+    _write(made, directory)
+
+
+def _write(made: tokenizers.Tokenizer, directory: Path) -> None:
+    made.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    directory.mkdir(parents=True, exist_ok=True)
+    made.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "model_max_length": 4096, "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,76 @@
+"""Several processes as one program: start-up, which rows a process loads, and batches made of every process's rows.
+
+    python -m vlm_jax train ...                                    one process: nothing to do
+    srun python -m vlm_jax train ...    or on every TPU host       found by jax.distributed itself
+    VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0 python -m vlm_jax train ...
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import sys
+from typing import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.config import ConfigError
+from vlm_jax.parallel.rules import DEFAULT_RULES, Rules
+
+
+def initialise(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes, before anything touches a device. Arguments win over VLM_JAX_* variables, these over a cluster."""
+    coordinator = coordinator or os.environ.get("VLM_JAX_COORDINATOR")
+    if coordinator:
+        count = processes if processes is not None else _number("VLM_JAX_PROCESSES")
+        index = process if process is not None else _number("VLM_JAX_PROCESS")
+        jax.distributed.initialize(coordinator, count, index)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or _on_tpu_host():
+        jax.distributed.initialize()
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdigit():
+        raise ConfigError(f"{name}={value!r} must be a number when a coordinator is given: set VLM_JAX_PROCESSES and VLM_JAX_PROCESS")
+    return int(value)
+
+
+def _on_tpu_host() -> bool:
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
+    return wanted and importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes logs."""
+    return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """Print to stderr, once for all processes."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
+
+
+def data_shard(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:
+    """(index, count): this process loads part `index` of `count` equal contiguous parts of each batch's rows.
+
+    Processes that share rows, because a tensor or seq axis crosses them, get the same index.
+    """
+    over = tuple(a for a in rules["batch"] if a in mesh.shape)
+    parts = int(np.prod([mesh.shape[a] for a in over]))
+    where = NamedSharding(mesh, PartitionSpec(over)).addressable_devices_indices_map((parts,))
+    mine = sorted({index[0].indices(parts)[0] for index in where.values()})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+        raise ConfigError(f"this process would load rows {mine} of {parts}, which are not one block: put mesh.data and mesh.fsdp first")
+    return mine[0] // len(mine), parts // len(mine)
+
+
+def to_devices(local: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding] | None) -> dict[str, jax.Array]:
+    """Global arrays from this process's rows (all rows where there is one process), laid out by `shardings`."""
+    if shardings is None:
+        return {key: jax.device_put(x) for key, x in local.items()}
+    return {key: jax.make_array_from_process_local_data(shardings[key], x) for key, x in local.items()}

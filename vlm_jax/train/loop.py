@@ -1,0 +1,229 @@
+"""The training loop: restore or create, compile once, feed, step, log, save, stop cleanly.
+
+    run/config.json     the resolved config        run/metrics.jsonl    one line per update (train.metrics)
+    run/checkpoints/    see train.checkpoint       run/profile/         a trace, when asked for
+
+At most two updates are in flight and metrics are fetched once per `log_every` updates, so the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from vlm_jax.config import VLMConfig, to_dict
+from vlm_jax.parallel import hosts, rules
+from vlm_jax.parallel.mesh import make_mesh
+from vlm_jax.train import metrics, optimizer
+from vlm_jax.train import state as states
+from vlm_jax.train.checkpoint import Checkpointer
+from vlm_jax.train.feed import Feed, OpenBatches
+from vlm_jax.train.flops import training_cost
+from vlm_jax.train.options import TrainConfig
+from vlm_jax.train.state import LeafSource, TrainState
+from vlm_jax.train.step import make_step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: status "finished", "stopped" (SIGTERM, saved) or "already finished"; `step` updates are done.
+
+    seconds: in all; compile_seconds of them compiling; rates: medians over logging windows (metrics.Speed).
+    """
+
+    status: str
+    state: TrainState
+    step: int
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class StopSignal:
+    """Remembers a SIGTERM, so that the loop can finish its update, save, and leave with exit status 0."""
+
+    def __enter__(self) -> StopSignal:
+        self._seen = False
+        self._several = jax.process_count() > 1  # then jax.distributed watches for the signal and all processes agree on a step
+        if not self._several:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self._several:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: Any) -> None:
+        self._seen = True
+
+    def seen(self, step: int) -> bool:
+        """Whether to stop after `step`."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._seen
+
+
+def train(
+    config: TrainConfig, model: VLMConfig, batches: OpenBatches, run: str | Path, *, available_steps: int | None = None,
+    mesh: Mesh | None = None, table: rules.Rules = rules.DEFAULT_RULES, source: LeafSource | None = None,
+    saved_config: Mapping[str, Any] | None = None, progress: bool = True,
+) -> Result:
+    """Train until the last update, or go on from the newest checkpoint in the folder `run`.
+
+    batches: see feed.OpenBatches; available_steps: updates that the data gives. source: initial weights (default: random).
+    saved_config: what is stored beside the checkpoints (default: model and train).
+    """
+    began, run, total = time.perf_counter(), Path(run), config.total_steps(available_steps)
+    saved_config = saved_config or {"model": to_dict(model), "train": to_dict(config)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rules.use(mesh or make_mesh(), table))
+        stop = stack.enter_context(StopSignal())
+        checkpoints = Checkpointer(run / "checkpoints", config.keep)
+        stack.callback(checkpoints.close)
+        state, data, start = _start(config, model, checkpoints, source, saved_config)
+        if start >= total:
+            hosts.say(f"the run in {run} is finished: all {total} steps are done; raise train.steps or name another run folder to train more")
+            return Result("already finished", state, start)
+        if hosts.is_first():
+            (run / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
+        loop = Loop(config, model, run, total, checkpoints, saved_config, progress)
+        loop.open(state, batches, start, data)
+        stack.callback(loop.close)
+        status = loop.run_until(stop)
+        checkpoints.wait()
+        if status == "stopped":
+            hosts.say(f"stopped by SIGTERM: step {loop.step} of {total} is saved in {run}; start the same command again to go on")
+        return Result(status, loop.state, loop.step, time.perf_counter() - began, loop.compile_seconds, loop.speed.median())
+
+
+def _start(
+    config: TrainConfig, model: VLMConfig, checkpoints: Checkpointer, source: LeafSource | None, saved_config: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any] | None, int]:
+    """(state, data state, updates done): the newest checkpoint if there is one, else a fresh state."""
+    if checkpoints.latest() is None:
+        return states.create(model, config, source), None, 0
+    state, meta = checkpoints.restore(states.abstract(model, config))
+    hosts.say(f"going on after step {meta['step']}, from {checkpoints.folder}")
+    before, now = meta["config"].get("train", {}), json.loads(json.dumps(saved_config.get("train", {})))
+    for key in sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+        hosts.say(f"train.{key} was {before[key]!r} when the checkpoint was saved and is {now[key]!r} now")
+    return state, meta["data"], meta["step"]
+
+
+class Loop:
+    """The moving parts of one run between its first and last update."""
+
+    def __init__(
+        self, config: TrainConfig, model: VLMConfig, run: Path, total: int, checkpoints: Checkpointer, saved_config: Mapping, progress: bool
+    ):
+        self.config, self.model, self.run, self.total = config, model, run, total
+        self._checkpoints, self._saved_config, self._shown = checkpoints, saved_config, progress
+        self._pending: list[tuple[int, float, dict[str, jax.Array]]] = []  # (step, learning rate, metrics on the device)
+        self._tracing = False
+
+    def open(self, state: TrainState, batches: OpenBatches, start: int, data: dict[str, Any] | None) -> None:
+        """Read the first batch, compile for its shapes, open the logs."""
+        c = self.config
+        self.state, self.step = state, start
+        self._feed = Feed(batches, start, data, c.accum)
+        began = time.perf_counter()
+        batch = {key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key]) for key, shape in self._feed.shapes.items()}
+        step = make_step(self.model, c, self._feed.shapes)
+        self._update = step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        self.compile_seconds = time.perf_counter() - began
+        device = jax.devices()[0].device_kind
+        self.speed = metrics.Speed(training_cost(self.model, state.trainable), jax.device_count(), device)
+        self._writer = metrics.MetricWriter(self.run, start, c.tensorboard, c.wandb, self._saved_config)
+        trained, frozen = (sum(x.size for x in leaves.values()) for leaves in (state.trainable, state.frozen))
+        hosts.say(
+            f"{jax.device_count()} x {device}: {trained:,} parameters trained, {frozen:,} frozen, {self.total} steps "
+            f"of {c.global_batch} rows, compiled in {self.compile_seconds:.1f} s"
+        )
+        self._bar = metrics.Progress(self.total, start, self._shown)
+        self._restart_clock()
+
+    def close(self) -> None:
+        """Stop the reader thread and finish the logs."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+        self._feed.close()
+        self._bar.close()
+        self._writer.close()
+
+    def run_until(self, stop: StopSignal) -> str:
+        """Updates until the last one or a stop signal; returns the status of Result."""
+        stopping = False
+        while self.step < self.total and not stopping:
+            data = self._advance()
+            stopping = stop.seen(self.step)
+            saving = stopping or self.step == self.total or self.step % self.config.save_every == 0
+            if saving or self.step % self.config.log_every == 0:
+                self._report()
+            if saving:
+                self._checkpoints.save(self.step, self.state, data, self._saved_config)
+                self._restart_clock()
+        return "finished" if self.step == self.total else "stopped"
+
+    def _advance(self) -> dict[str, Any] | None:
+        """Start one update; returns the data state after its batch."""
+        fed = next(self._feed, None)
+        if fed is None:
+            raise TrainingError(f"the data ended after step {self.step} of {self.total}: raise train.epochs or lower train.steps")
+        first, last = self.config.profile or (0, 0)
+        if self.step + 1 == first:
+            jax.profiler.start_trace(str(self.run / "profile"))
+            self._tracing = True
+        factor = optimizer.rate_factor(self.config, self.step, self.total)
+        self.state, results = self._update(self.state, fed.arrays, np.float32(factor))
+        self.step += 1
+        self._pending.append((self.step, self.config.lr * factor, results))
+        if len(self._pending) > 1:
+            jax.block_until_ready(self._pending[-2][2]["loss"])
+        if self._tracing and self.step >= last:
+            jax.block_until_ready(results["loss"])
+            jax.profiler.stop_trace()
+            self._tracing = False
+        return fed.state
+
+    def _report(self) -> None:
+        """Fetch and write the metrics of the updates since the last report; raise at the first that is not finite."""
+        if not self._pending:
+            return
+        fetched = [(step, rate, jax.device_get(results)) for step, rate, results in self._pending]
+        seconds, waited = time.perf_counter() - self._clock, self._feed.waited - self._waited
+        slots = int(np.prod(self._feed.shapes["tokens"]))
+        lines = [metrics.line_of(step, rate, results, slots) for step, rate, results in fetched]
+        lines[-1] |= self.speed.window([results for _, _, results in fetched], seconds, waited)
+        for line in lines:
+            if not metrics.is_finite(line):
+                self._writer.flush()
+                raise TrainingError(self._not_finite(line))
+            self._writer.write(line)
+        self._writer.flush()
+        self._bar.update(len(lines), lines[-1])
+        self._restart_clock()
+
+    def _not_finite(self, line: Mapping[str, Any]) -> str:
+        samples, saved = self._feed.samples_of(line["step"] - 1), self._checkpoints.latest()
+        made_of = f", whose batch holds samples {samples}," if samples is not None else ""
+        kept = f"the checkpoint of step {saved} is intact" if saved is not None else "no checkpoint had been written"
+        return (
+            f"step {line['step']}{made_of} has loss {line['loss']} and gradient norm {line['grad_norm']}; {kept}: "
+            "lower train.lr, lengthen train.warmup_ratio, or look at these samples"
+        )
+
+    def _restart_clock(self) -> None:
+        self._pending = []
+        self._clock, self._waited = time.perf_counter(), self._feed.waited
