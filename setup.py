@@ -39,7 +39,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3"],
+        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3", "jinja2>=3.1"],
         "parity": ["torch==2.13.0"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.20"],
     },

@@ -56,9 +56,9 @@ def stage2(compat: bool) -> tuple[DataConfig, TrainConfig]:
     return data, train
 
 
-def get_config(words: str = "7b,stage2"):
-    """The recipe named by comma-separated words."""
-    chosen = read_words(words, size=tuple(SIZES), stage=("stage1", "stage2"), flags=("unpacked", "compat", "smoke"))
+def get_config(words: str = ""):
+    """The recipe named by comma-separated words (default: 7b,stage2)."""
+    chosen = read_words(words, size=tuple(SIZES), stage=("stage2", "stage1"), flags=("unpacked", "compat", "smoke"))
     first = chosen["stage"] == "stage1"
     data, train = (stage1 if first else stage2)("compat" in chosen)
     if "unpacked" in chosen:

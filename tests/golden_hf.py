@@ -24,27 +24,27 @@ def open_golden(directory: Path) -> tuple[Checkpoint, vlm.VLM]:
     return checkpoint, vlm.build(checkpoint.config, load(checkpoint, place))
 
 
-def row_batch(config: VLMConfig, image_token: int, ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray | None, counts: Any) -> dict:
+def row_batch(
+    config: VLMConfig, image_token: int, ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray, counts: Any, shape: tuple | None = None
+) -> dict[str, np.ndarray]:
     """HF's padded batch as rows: `pixels` [images, 3, S, S] of all rows in order, `counts` how many each row takes.
 
     An image is as many image tokens as it has features; a row that has one token per image (transformers before 4.47) is expanded.
+    shape: (B, T, I) to pad to, so that several batches share one compilation; rows keep their side of padding.
     """
     features = config.vision.features
     rows = [_row(row[kept == 1], image_token, features, count) for row, kept, count in zip(ids, mask, counts)]
-    length = max(len(tokens) for tokens, _ in rows)
+    height, length, images = shape or (len(rows), max(len(tokens) for tokens, _ in rows), max(max(counts), 1))
     left = mask[:, -1].all()
-    batch = {name: np.full((len(rows), length), fill, np.int32) for name, fill in (("tokens", 0), ("image_slots", -1))}
-    batch |= {name: np.zeros((len(rows), length), np.int32) for name in ("segments", "positions")}
+    batch = {name: np.full((height, length), fill, np.int32) for name, fill in (("tokens", 0), ("image_slots", -1))}
+    batch |= {name: np.zeros((height, length), np.int32) for name in ("segments", "positions")}
+    batch["images"] = np.zeros((height, images, config.vision.image_size, config.vision.image_size, 3), np.float32)
+    starts = np.concatenate([[0], np.cumsum(counts)])
     for r, (tokens, slots) in enumerate(rows):
         at = slice(length - len(tokens), length) if left else slice(0, len(tokens))
         batch["tokens"][r, at], batch["image_slots"][r, at] = tokens, slots
         batch["segments"][r, at], batch["positions"][r, at] = 1, np.arange(len(tokens))
-    if pixels is not None and len(pixels):
-        size = pixels.shape[-1]
-        batch["images"] = np.zeros((len(rows), max(counts), size, size, 3), np.float32)
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        for r, count in enumerate(counts):
-            batch["images"][r, :count] = pixels[starts[r] : starts[r] + count].transpose(0, 2, 3, 1)
+        batch["images"][r, : counts[r]] = pixels[starts[r] : starts[r + 1]].transpose(0, 2, 3, 1)
     return batch
 
 

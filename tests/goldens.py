@@ -1,7 +1,8 @@
 """Where recorded numbers lie, and how tests find their cases: by globbing, never by name.
 
-VLM_JAX_GOLDENS replaces tests/goldens, so that other cases of the same kinds run through the same tests. Material of other projects
-is not in this repository; VLM_JAX_SHARED (default: a folder `shared` beside the checkout) says where it is, if anywhere.
+VLM_JAX_GOLDENS replaces tests/goldens, so that other cases of the same kinds run through the same tests.
+Material of other projects is not in this repository; VLM_JAX_SHARED (default: a folder `shared` beside the
+checkout) says where it is, if anywhere.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ def needs_shared(relative: str) -> Path:
     """A file of another project, or skip."""
     path = SHARED / relative
     if not path.exists():
-        pytest.skip(f"{relative} belongs to another project and is not in this repository; set VLM_JAX_SHARED to the folder that has it")
+        pytest.skip(
+            f"{relative} belongs to another project and is not in this repository; set VLM_JAX_SHARED to the folder that has it"
+        )
     return path
 
 
 def golden(folder: str, *patterns: str, holds: Callable[[Any], bool] | None = None):
-    """Run a test with argument `path` once per file of a kind; where the root has none the test is not collected at all.
+    """Run a test with argument `path` once per file of a kind; where the root has none the test is not
+    collected at all.
 
     `holds` chooses JSON files by what they contain, where several kinds share a pattern.
     """
@@ -47,7 +51,9 @@ def golden(folder: str, *patterns: str, holds: Callable[[Any], bool] | None = No
 
 
 def beside(path: Path, name: str) -> Path:
-    """What a case needs beyond its own file: next to it, else this project's own copy, else another project's, or skip."""
+    """What a case needs beyond its own file: next to it, else this project's own copy, else another
+    project's, or skip.
+    """
     own = ROOT / "goldens" / path.parent.relative_to(GOLDENS) / name
     found = next((p for p in (path.parent / name, own) if p.exists()), None)
     return found or needs_shared(f"goldens/{path.parent.relative_to(GOLDENS)}/{name}")

@@ -1,4 +1,6 @@
-"""The order of batches: the same from any step, on any number of hosts, over epochs; refused when the data changed."""
+"""The order of batches: the same from any step, on any number of hosts, over epochs; refused when the data
+changed.
+"""
 
 import json
 
@@ -56,14 +58,20 @@ def test_each_epoch_shows_every_sample_once_in_another_order(rows):
         orders.append(shown)
     assert orders[0] != orders[1] != orders[2]
     shown = sum((names(batch) for _, batch in Batches(rows, 4)), [])
-    assert sorted(shown) == sorted(list(range(40)) * 3), "batches straddle epochs without losing or repeating a row"
+    assert sorted(shown) == sorted(list(range(40)) * 3), (
+        "batches straddle epochs without losing or repeating a row"
+    )
 
 
 def test_the_last_batch_is_filled_with_padding(rows):
     batch_size = next(g for g in range(3, 20) if len(rows) % g)
     *_, (_, last) = Batches(rows, batch_size)
     real = len(rows) % batch_size
-    assert (last["segments"][real:] == 0).all() and (last["weights"][real:] == 0).all() and (last["segments"][real - 1] > 0).any()
+    assert (
+        (last["segments"][real:] == 0).all()
+        and (last["weights"][real:] == 0).all()
+        and (last["segments"][real - 1] > 0).any()
+    )
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
@@ -90,7 +98,10 @@ def test_hosts_share_each_batch_in_one_global_order(rows, hosts):
     for wanted in whole[:3]:
         got = [next(p)[1] for p in parts]
         equal({k: np.concatenate([g[k] for g in got]) for k in wanted}, wanted)
-    moved = [Batches(rows, 4, process_index=h, process_count=4 // hosts, state=parts[0].state()) for h in range(4 // hosts)]
+    moved = [
+        Batches(rows, 4, process_index=h, process_count=4 // hosts, state=parts[0].state())
+        for h in range(4 // hosts)
+    ]
     got = [next(p)[1] for p in moved]
     equal({k: np.concatenate([g[k] for g in got]) for k in whole[3]}, whole[3])
 
@@ -117,7 +128,9 @@ def test_resume_refuses_changed_data_or_order(records, rows):
         Batches(Rows(records, encode, TINY, Packing(64, 4, window=16, epochs=3, seed=6)), 4, state=state)
     with pytest.raises(DataError, match="row length, view budget or packing changed"):
         Batches(Rows(records, encode, TINY, Packing(80, 4, window=16, epochs=3, seed=5)), 4, state=state)
-    Batches(Rows(records, encode, TINY, Packing(64, 4, window=16, epochs=9, seed=5)), 4, state=state)  # more epochs are fine
+    Batches(
+        Rows(records, encode, TINY, Packing(64, 4, window=16, epochs=9, seed=5)), 4, state=state
+    )  # more epochs are fine
 
 
 def test_unpacked_rows_hold_one_sample(records):

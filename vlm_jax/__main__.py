@@ -138,6 +138,15 @@ def find_config(arguments: list[str]) -> list[str]:
     return out
 
 
+def unknown_key(message: str, arguments: list[str]) -> str:
+    """One sentence from ml_collections' message, with the argument that it is about."""
+    words = message.replace("\\n", " ").replace("\\'", "'").replace('"', " ").split()
+    key = words[0].strip("'") if words else ""
+    given = next((a.split("=")[0] for a in arguments if a.split("=")[0].endswith(f".{key}")), key)
+    hint = " ".join(words[1:]).strip("' ")
+    return f"unknown config key {given.lstrip('-')}" + (f": {hint}" if hint else "")
+
+
 def parse(name: str, arguments: list[str]) -> dict[str, Any]:
     """Flag values of a command as keyword arguments; problems raise ValueError with one sentence."""
     f = flags.FlagValues()
@@ -148,8 +157,8 @@ def parse(name: str, arguments: list[str]) -> dict[str, Any]:
         raise SystemExit(0)
     try:
         rest = f(["vlm_jax", *find_config(arguments)])[1:]
-    except AttributeError as error:  # ml_collections names an unknown key this way
-        raise ValueError("unknown config key: " + " ".join(str(error).replace(r"\'", "").replace("\\n", "\n").split()).strip("'")) from None
+    except AttributeError as error:  # how ml_collections refuses an unknown key
+        raise ValueError(unknown_key(str(error), arguments)) from None
     except (flags.Error, TypeError) as error:
         # the error of a config file comes as a traceback in text, whose last line is what went wrong
         last = str(error).strip().splitlines()[-1]

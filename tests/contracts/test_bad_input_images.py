@@ -1,4 +1,6 @@
-"""Contract 10, images: missing, truncated, foreign and absurd files each give one sentence; a run skips and counts up to a limit."""
+"""Contract 10, images: missing, truncated, foreign and absurd files each give one sentence; a run skips and
+counts up to a limit.
+"""
 
 import json
 
@@ -39,7 +41,12 @@ def test_one_sentence_names_file_and_record(tmp_path, kind):
     source = ImageSource(str(path), record="a.json: record 7")
     with pytest.raises(ImageError) as error:
         load_views(source, HOW)
-    words = {"missing": "does not exist", "folder": "does not exist", "truncated": "truncated", "truncated_png": "broken"}
+    words = {
+        "missing": "does not exist",
+        "folder": "does not exist",
+        "truncated": "truncated",
+        "truncated_png": "broken",
+    }
     assert str(error.value).startswith(f"image {path} of a.json: record 7 ")
     assert words.get(kind, "not an image file") in str(error.value) and "\n" not in str(error.value)
     if not kind.startswith("truncated"):
@@ -62,6 +69,8 @@ def test_a_thread_of_pixels_is_refused_instead_of_filling_the_memory(tmp_path):
     Image.new("RGB", (1, 60000)).save(path)
     with pytest.raises(ImageError, match="too thin"):
         load_views(ImageSource(str(path)), Preprocess(336, "square"))
+    with pytest.raises(ImageError, match="too long"):
+        load_views(ImageSource(str(path)), Preprocess(336, "pad"))
 
 
 def test_missing_images_are_skipped_and_counted(tmp_path):
@@ -74,14 +83,20 @@ def test_missing_images_are_skipped_and_counted(tmp_path):
     assert np.flatnonzero(rows.manifest.status == BAD).tolist() == hurt
     trained = {int(i) for row in range(len(rows)) for i in rows.records_of(row)}
     assert trained == set(range(len(records))) - set(hurt)
-    with pytest.raises(DataError, match=rf"^{len(hurt)} samples .*max_bad={len(hurt) - 1} .*2.png of record .* does not exist"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{len(hurt)} samples .*max_bad={len(hurt) - 1} .*2.png of record .* does not exist",
+    ):
         Rows(records, encode, TINY, Packing(row_length=64, view_budget=4, max_bad=len(hurt) - 1))
 
 
 def test_a_truncated_jpeg_becomes_padding_and_the_limit_stops_the_run(tmp_path, caplog):
     paths = [*write_images(tmp_path), str(jpeg(tmp_path / "cut.jpg"))]
     records = make_records(paths)
-    whole = {int(b["step"]): b for b in [{"step": s, **b} for s, b in Batches(Rows(records, encode, TINY, SMALL), 2)]}
+    whole = {
+        int(b["step"]): b
+        for b in [{"step": s, **b} for s, b in Batches(Rows(records, encode, TINY, SMALL), 2)]
+    }
     truncate(tmp_path / "cut.jpg")
     hurt = [i for i, r in enumerate(records) if paths[-1] in r["images"]]
     rows = Rows(records, encode, TINY, SMALL)
@@ -90,7 +105,9 @@ def test_a_truncated_jpeg_becomes_padding_and_the_limit_stops_the_run(tmp_path, 
         broken = (batch["segments"] == 0) & (whole[step]["segments"] > 0)
         assert (batch["weights"][broken] == 0).all() and (batch["image_slots"][broken] == -1).all()
         for name in ("tokens", "targets", "weights", "positions", "segments", "image_slots"):
-            assert (batch[name][~broken] == whole[step][name][~broken]).all(), "its neighbours in the row are untouched"
+            assert (batch[name][~broken] == whole[step][name][~broken]).all(), (
+                "its neighbours in the row are untouched"
+            )
     assert sorted(rows.broken) == hurt and rows.bad_count == len(hurt) > 1
     assert all("cut.jpg of record" in sentence for sentence in rows.broken.values())
     assert sum("cut.jpg" in m for m in caplog.messages) == len(hurt), "each is logged once, by name"
@@ -108,7 +125,9 @@ def test_an_anyres_image_that_is_broken_keeps_its_slots(tmp_path):
     after = list(Batches(Rows(records, encode, ANYRES, Packing(row_length=80, view_budget=10)), 1))
     for (_, a), (_, b) in zip(before, after, strict=True):
         same = b["segments"] > 0
-        assert (a["image_slots"][same] == b["image_slots"][same]).all() and (a["segments"][same] == b["segments"][same]).all()
+        assert (a["image_slots"][same] == b["image_slots"][same]).all() and (
+            a["segments"][same] == b["segments"][same]
+        ).all()
 
 
 def test_a_malformed_record_is_skipped_and_counted(tmp_path):
@@ -119,7 +138,9 @@ def test_a_malformed_record_is_skipped_and_counted(tmp_path):
             raise ValueError("data.json: record 5 has no conversations")
         return encode(record)
 
-    assert Rows(records, picky, TINY, SMALL).manifest.notes == ((5, BAD, "data.json: record 5 has no conversations"),)
+    assert Rows(records, picky, TINY, SMALL).manifest.notes == (
+        (5, BAD, "data.json: record 5 has no conversations"),
+    )
     with pytest.raises(DataError, match="max_bad=0 .*record 5 has no conversations"):
         Rows(records, picky, TINY, Packing(row_length=64, view_budget=4, max_bad=0))
     with pytest.raises(DataError, match="none of the 1 records"):
@@ -141,12 +162,22 @@ def test_records_that_change_under_a_run_are_noticed(tmp_path):
         rows[row]
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"resample": 2}, "resample=2"), ({"crop_size": 20}, "crops to 20"), ({"size": {"height": 3, "width": 4}}, "square"),
-    ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"resample": 2}, "resample=2"),
+        ({"crop_size": 20}, "crops to 20"),
+        ({"size": {"height": 3, "width": 4}}, "square"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+    ],
+)
 def test_a_processor_that_we_do_not_compute_is_refused(tmp_path, change, words):
-    known = {"image_processor_type": "CLIPImageProcessor", "size": 28, "crop_size": 28, "do_center_crop": True}
+    known = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": 28,
+        "crop_size": 28,
+        "do_center_crop": True,
+    }
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(known))
     assert read_processor(tmp_path) == Preprocess(28, "square")

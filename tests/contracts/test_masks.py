@@ -1,4 +1,6 @@
-"""Contract 3: the loss falls on token spans fixed while encoding, and equals the original's wherever that one works."""
+"""Contract 3: the loss falls on token spans fixed while encoding, and equals the original's wherever that one
+works.
+"""
 
 import functools
 import tempfile
@@ -21,9 +23,24 @@ LLAMA = SHARED / "tokenizers/llama2.model"
 KINDS = ["tiny, legacy", "tiny", "bytes", *(["llama2, legacy", "llama2"] if LLAMA.exists() else [])]
 CHECKED = [name for name, t in TEMPLATES.items() if t.style in ("TWO", "LLAMA_2")]
 DIALOGUES = [
-    [("human", "<image>\nWhat is shown in the image?"), ("gpt", "A man ironing clothes on the back of a taxi.")],
-    [("human", "Hello"), ("gpt", "Hi"), ("human", "<image> now?"), ("gpt", "A dog."), ("human", "Why?"), ("gpt", "\n1. a\n2. b\n")],
-    [("human", "<image>\n这张图片里有什么?"), ("gpt", "一只猫 🐱。"), ("human", "ありがとう"), ("gpt", "  two spaces before, two after  ")],
+    [
+        ("human", "<image>\nWhat is shown in the image?"),
+        ("gpt", "A man ironing clothes on the back of a taxi."),
+    ],
+    [
+        ("human", "Hello"),
+        ("gpt", "Hi"),
+        ("human", "<image> now?"),
+        ("gpt", "A dog."),
+        ("human", "Why?"),
+        ("gpt", "\n1. a\n2. b\n"),
+    ],
+    [
+        ("human", "<image>\n这张图片里有什么?"),
+        ("gpt", "一只猫 🐱。"),
+        ("human", "ありがとう"),
+        ("gpt", "  two spaces before, two after  "),
+    ],
     [("human", "<image> You said: ASSISTANT: yes?"), ("gpt", "He said ASSISTANT: no. USER: [/INST] ### so")],
 ]
 
@@ -46,7 +63,9 @@ def runs(tokens, labels):
 
 def answers(chosen, turns):
     """Supervised text, one string per answer."""
-    joined = "".join(f"\x01{piece.text}\x02" if piece.answer else piece.text for piece in training_pieces(chosen, turns))
+    joined = "".join(
+        f"\x01{piece.text}\x02" if piece.answer else piece.text for piece in training_pieces(chosen, turns)
+    )
     return [part.split("\x02")[0] for part in joined.replace("\x02\x01", "").split("\x01")[1:]]
 
 
@@ -76,25 +95,57 @@ def test_caption_training_supervises_all_but_the_image(kind):
     assert tokenizer.decode(tokens[head:]) == "a grey watch\n"
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "llava_llama_2", "mistral_instruct", "mpt"])  # v0 trains on "### Human: ", generates from "###Human: "
+@pytest.mark.parametrize(
+    "name", ["vicuna_v1", "llava_llama_2", "mistral_instruct", "mpt"]
+)  # v0 trains on "### Human: ", generates from "###Human: "
 def test_supervision_starts_where_an_open_prompt_ends(name):
     """What generation is asked to continue with is what training has taught."""
     tokenizer, chosen = tokenizer_of("tiny"), template(name)
     tokens, labels = encode_dialogue(DIALOGUES[0], TextFormat(tokenizer, chosen), has_image=True)
     messages = [(chosen.roles[0], DIALOGUES[0][0][1]), (chosen.roles[1], None)]
     opened = tokenizer.encode_images(render(chosen, messages))
-    assert tokens[:len(opened)].tolist() == opened
-    assert (labels[:len(opened)] == IGNORE).all() and labels[len(opened)] != IGNORE
+    assert tokens[: len(opened)].tolist() == opened
+    assert (labels[: len(opened)] == IGNORE).all() and labels[len(opened)] != IGNORE
 
 
-WORDS = st.sampled_from(["a", "The cat", " ", "  ", "\n", "\n\n", ".", "1.5", "[0.12, 0.34]", "猫", "🐱", "é", "▁", "<", ">", "</", "\t", "USER:",
-                         "ASSISTANT", "ASSISTANT:", "[INST]", "[/INST]", "</s>", "<s>", "###", "<image", "\x00"])
+WORDS = st.sampled_from(
+    [
+        "a",
+        "The cat",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        ".",
+        "1.5",
+        "[0.12, 0.34]",
+        "猫",
+        "🐱",
+        "é",
+        "▁",
+        "<",
+        ">",
+        "</",
+        "\t",
+        "USER:",
+        "ASSISTANT",
+        "ASSISTANT:",
+        "[INST]",
+        "[/INST]",
+        "</s>",
+        "<s>",
+        "###",
+        "<image",
+        "\x00",
+    ]
+)
 TEXTS = st.lists(WORDS, max_size=6).map("".join)
 
 
 @st.composite
 def dialogues(draw):
-    """Human first or gpt first, any number of rounds, perhaps open at the end, an image in some human turns."""
+    """Human first or gpt first, any number of rounds, perhaps open at the end, an image in some human turns.
+    """
     first = draw(st.integers(0, 1))
     turns = []
     for k in range(draw(st.integers(1, 7))):
@@ -104,13 +155,14 @@ def dialogues(draw):
     return turns
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(turns=dialogues(), name=st.sampled_from(CHECKED), kind=st.sampled_from(KINDS), image=st.booleans())
 def test_exact_masks_equal_the_originals_where_those_count_right(turns, name, kind, image):
     tokenizer, chosen = tokenizer_of(kind), template(name)
     assume(len(turns) > 1 or turns[0][0] == "human")
     assume(chosen.style != "LLAMA_2" or next(text for role, text in turns if role == "human"))
-    # Where a text holds the marker that the original looks for, it may split at the wrong one and still count right.
+    # Where a text holds the marker that the original looks for, it may split at the wrong one and still count
+    # right.
     marker = f"{chosen.roles[1]}:" if chosen.style == "TWO" else "[/INST]"
     assume(not any(marker in text for _, text in turns))
     turns = place_images(turns, chosen) if image else turns
@@ -124,10 +176,17 @@ def test_exact_masks_equal_the_originals_where_those_count_right(turns, name, ki
 
 def test_samples_that_the_original_loses_are_kept():
     tokenizer, chosen = tokenizer_of("tiny"), template("vicuna_v1")
-    original, exact = ([encode_dialogue(turns, TextFormat(tokenizer, chosen, compat=compat), False)[1] for turns in (
-        [("human", "hi"), ("gpt", "He said ASSISTANT: no.")],
-        [("human", "What does </s> do?"), ("gpt", "It ends a sequence.")],
-        [("human", "a"), ("gpt", "b"), ("human", "and then?")])] for compat in ("llava", ""))
+    original, exact = (
+        [
+            encode_dialogue(turns, TextFormat(tokenizer, chosen, compat=compat), False)[1]
+            for turns in (
+                [("human", "hi"), ("gpt", "He said ASSISTANT: no.")],
+                [("human", "What does </s> do?"), ("gpt", "It ends a sequence.")],
+                [("human", "a"), ("gpt", "b"), ("human", "and then?")],
+            )
+        ]
+        for compat in ("llava", "")
+    )
     assert all((labels == IGNORE).all() for labels in original)
     assert all((labels != IGNORE).any() for labels in exact)
 
@@ -147,7 +206,10 @@ def test_nothing_is_tokenised_twice():
 
 def test_images_in_answers_and_several_images_per_turn():
     tokenizer = tokenizer_of("tiny")
-    conversation = [{"from": "human", "value": "Here <image> and there <image>?"}, {"from": "gpt", "value": "see <image> it"}]
+    conversation = [
+        {"from": "human", "value": "Here <image> and there <image>?"},
+        {"from": "gpt", "value": "see <image> it"},
+    ]
     record = record_of({"id": 1, "image": ["a.png", "b.png", "c.png"], "conversations": conversation}, 0)
     sample = TextFormat(tokenizer, template("vicuna_v1"))(record)
     assert (sample.tokens == IMAGE).sum() == len(sample.images) == 3

@@ -1,4 +1,6 @@
-"""Contract 4, the plan: every sample once per epoch, no budget exceeded, a pure function of (lengths, seed, epoch)."""
+"""Contract 4, the plan: every sample once per epoch, no budget exceeded, a pure function of (lengths, seed,
+epoch).
+"""
 
 import numpy as np
 import pytest
@@ -55,7 +57,9 @@ def test_first_fit_equals_the_plain_loop(items, window):
 
 
 def test_realistic_rows_are_full():
-    """On a mixture like LLaVA's 665K (94% with one image) rows are nearly as few as the sum of lengths allows."""
+    """On a mixture like LLaVA's 665K (94% with one image) rows are nearly as few as the sum of lengths
+    allows.
+    """
     rng, n = np.random.default_rng(0), 20_000
     views = (rng.random(n) < 0.94).astype(int)
     lengths = np.clip(rng.lognormal(np.log(250), 0.8, n).astype(int) + 40 + 576 * views, 50, 2048)

@@ -1,4 +1,6 @@
-"""Contract 2: one function owns image size -> slots; truncation shortens text or rejects and counts, and never cuts an image."""
+"""Contract 2: one function owns image size -> slots; truncation shortens text or rejects and counts, and
+never cuts an image.
+"""
 
 import dataclasses
 
@@ -20,7 +22,8 @@ SPATIAL = dataclasses.replace(ANYRES, merge="spatial")
 
 
 def brute_map(width, height, config):
-    """Maps of feature indices by loops over tiles and patches, for every grid of the right number of tiles."""
+    """Maps of feature indices by loops over tiles and patches, for every grid of the right number of tiles.
+    """
     side, views = config.vision.grid, views_of_image(width, height, config)
     shapes = {(w // config.vision.image_size, h // config.vision.image_size) for w, h in config.pinpoints}
     for columns, rows in shapes:
@@ -66,7 +69,10 @@ def test_known_numbers():
     llava15 = VLMConfig()
     assert len(slots_of_image(640, 480, llava15)) == 576 and views_of_image(640, 480, llava15) == 1
     llava16 = dataclasses.replace(
-        llava15, aspect="anyres", merge="spatial_unpad", image_newline=True,
+        llava15,
+        aspect="anyres",
+        merge="spatial_unpad",
+        image_newline=True,
         pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     )
     assert views_of_image(672, 672, llava16) == 5
@@ -83,14 +89,18 @@ def test_known_numbers():
 
 @st.composite
 def samples(draw):
-    """A sample whose text tokens are 10, 11, 12 ..., with images of random sizes between them, some text supervised."""
+    """A sample whose text tokens are 10, 11, 12 ..., with images of random sizes between them, some text
+    supervised.
+    """
     text = draw(st.integers(1, 40))
     tokens = list(range(10, 10 + text))
     sizes = draw(st.lists(st.tuples(st.integers(5, 99), st.integers(5, 99)), max_size=4))
     for place in sorted((draw(st.integers(0, text)) for _ in sizes), reverse=True):
         tokens.insert(place, IMAGE)
     tokens = np.array(tokens, np.int32)
-    said = np.array(draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))) & (tokens != IMAGE)
+    said = np.array(draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))) & (
+        tokens != IMAGE
+    )
     return Sample(tokens, np.where(said, tokens, IGNORE).astype(np.int32), tuple(map(str, sizes))), sizes
 
 
@@ -126,16 +136,30 @@ def test_slots_of_a_sample_literally():
     assert s.weights.tolist() == [0, 0, 0, 0, 1, 1, 0]
     text = expand(Sample(np.array([5, 6]), np.array([IGNORE, 6])), [], [], 2)
     pixels = np.full((1, 3, 3, 3), 7, np.uint8)
-    pieces = [Piece(2, 0, text, None), Piece(7, 1, s, pixels), Piece(3, 1, None, None), Piece(7, 1, s, pixels + 1)]
+    pieces = [
+        Piece(2, 0, text, None),
+        Piece(7, 1, s, pixels),
+        Piece(3, 1, None, None),
+        Piece(7, 1, s, pixels + 1),
+    ]
     row = build_row(pieces, RowShape(slots=20, views=4, pixels=3, features=2))
     assert row["segments"].tolist() == [1, 1, *[2] * 7, 0, 0, 0, *[4] * 7, 0]
     assert row["positions"].tolist() == [0, 1, *range(7), 0, 0, 0, *range(7), 0]
     newline = 4 * 2
-    assert row["image_slots"].tolist() == [-1] * 4 + [0, 1, newline, -1, -1] + [-1] * 5 + [4, 5, newline, -1, -1, -1]
+    assert row["image_slots"].tolist() == [-1] * 4 + [0, 1, newline, -1, -1] + [-1] * 5 + [
+        4,
+        5,
+        newline,
+        -1,
+        -1,
+        -1,
+    ]
     assert row["targets"][:2].tolist() == [6, 0] and row["weights"].sum() == 5
     assert row["images"][:, 0, 0, 0].tolist() == [7, 0, 8, 0]
     assert {k: v.dtype.name for k, v in row.items()} == {
-        **dict.fromkeys(("tokens", "image_slots", "targets", "segments", "positions"), "int32"), "weights": "float32", "images": "uint8"
+        **dict.fromkeys(("tokens", "image_slots", "targets", "segments", "positions"), "int32"),
+        "weights": "float32",
+        "images": "uint8",
     }
 
 

@@ -59,7 +59,9 @@ def rendered(case, dialogues):
 @golden("llava", "prompts.json")
 def test_prompts(path):
     data = read(path)
-    assert not differing((c, rendered(c, data["dialogues"]), "error" if "error" in c else c["prompt"]) for c in data["cases"])
+    assert not differing(
+        (c, rendered(c, data["dialogues"]), "error" if "error" in c else c["prompt"]) for c in data["cases"]
+    )
 
 
 @golden("llava", "tokenizer_image_token.json")
@@ -73,12 +75,16 @@ def test_tokenizer_image_token(path):
 @golden("llava", "preprocess_*.json", holds=lambda data: isinstance(data, list) and "result" in data[0])
 def test_placeholder_rewriting(path):
     for case in read(path):
-        placed = place_images([("human", case["value"])], template(case["version"]), case["mm_use_im_start_end"])
+        placed = place_images(
+            [("human", case["value"])], template(case["version"]), case["mm_use_im_start_end"]
+        )
         assert placed == (("human", case["result"]),), case
 
 
 def mask_cases(path):
-    """(case, turns, has_image, format for a given compat, expected tokens, expected labels or None for an error)."""
+    """(case, turns, has_image, format for a given compat, expected tokens, expected labels or None for an
+    error).
+    """
     data = read(path)
     for case in data["cases"]:
         sample, chosen = data["samples"][case["sample"]], template(case["version"])
@@ -89,8 +95,12 @@ def mask_cases(path):
             tokenizer = llama(case["legacy"])
         else:
             end = "<|endoftext|>"
-            tokenizer = load_tokenizer(beside(path, "tiny_bpe_tokenizer.json"), bos=end, eos=end, unk=end, pad=end)
-        form = functools.partial(TextFormat, tokenizer, chosen, max_length=case.get("model_max_length", UNSTATED_LENGTH))
+            tokenizer = load_tokenizer(
+                beside(path, "tiny_bpe_tokenizer.json"), bos=end, eos=end, unk=end, pad=end
+            )
+        form = functools.partial(
+            TextFormat, tokenizer, chosen, max_length=case.get("model_max_length", UNSTATED_LENGTH)
+        )
         yield case, turns, sample["has_image"], form, *recorded_labels(case, data)
 
 
@@ -114,21 +124,27 @@ def encoded(turns, form, has_image):
 @golden("llava", "preprocess_*.json", holds=has_masks)
 def test_original_masks(path):
     """compat="llava" reproduces tokens and labels of every version, the samples it loses included."""
-    assert not differing((case, encoded(turns, form(compat="llava"), has_image), (tokens, labels))
-                         for case, turns, has_image, form, tokens, labels in mask_cases(path))
+    assert not differing(
+        (case, encoded(turns, form(compat="llava"), has_image), (tokens, labels))
+        for case, turns, has_image, form, tokens, labels in mask_cases(path)
+    )
 
 
 def trusted(case, turns, form, tokens):
     """Did the original check its counts, or was there nothing that could mislead it?"""
     chosen = form.args[1]
     misleading = (chosen.sep2 or chosen.sep, f"{chosen.roles[1]}:", "[/INST]")
-    checked = len(tokens) < form.keywords["max_length"] or not any(mark in text for _, text in turns for mark in misleading)
+    checked = len(tokens) < form.keywords["max_length"] or not any(
+        mark in text for _, text in turns for mark in misleading
+    )
     return chosen.style in ("TWO", "LLAMA_2", "PLAIN") and not case.get("mismatch_warning") and checked
 
 
 @golden("llava", "preprocess_*.json", holds=has_masks)
 def test_exact_masks(path):
-    """The default has the same tokens always, and the same labels wherever the original v1, llama_2 or plain does not warn."""
+    """The default has the same tokens always, and the same labels wherever the original v1, llama_2 or plain
+    does not warn.
+    """
     for case, turns, has_image, form, tokens, labels in mask_cases(path):
         ours = encoded(turns, form(), has_image)
         assert ours[0] == tokens, case

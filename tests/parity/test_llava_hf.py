@@ -15,26 +15,34 @@ from vlm_jax.models import vlm
 
 DIRECTORIES = [path.parent for path in cases("llava_hf", "*/reference.npz")]
 TOLERANCE = 2e-4
-pytestmark = pytest.mark.parity
 
 
-@functools.lru_cache(maxsize=1)
-def golden(directory: Path):
-    checkpoint, model = open_golden(directory)
-    with np.load(directory / "reference.npz") as file:
-        return checkpoint, model, dict(file)
+class Golden:
+    """A checkpoint, its reference, and one compiled forward pass that every test of the directory shares."""
+
+    def __init__(self, directory: Path):
+        self.checkpoint, self.model = open_golden(directory)
+        with np.load(directory / "reference.npz") as file:
+            self.want = dict(file)
+        self.params = vlm.split(self.model)[1]
+        rows, length = self.want["generated_ids"].shape
+        length = max(length, self.want["single_generated_ids"].shape[1])
+        self.shape = (rows, length, int(max(self.want["n_images_per_row"].max(), 1)))
+        self.run = jax.jit(self._run)
+
+    def _run(self, params: dict, batch: dict) -> jax.Array:
+        model = vlm.build(self.checkpoint.config, params)
+        return model.logits(vlm.forward(model, batch))
+
+    def rows(self, ids: np.ndarray, mask: np.ndarray, counts) -> list[np.ndarray]:
+        """Float32 logits [n, V] of the n unpadded slots of each row."""
+        pixels = self.want["pixel_values"][: sum(counts)]
+        batch = row_batch(self.checkpoint.config, self.checkpoint.image_token, ids, mask, pixels, counts, self.shape)
+        got = np.asarray(self.run(self.params, batch))
+        return [got[r][batch["segments"][r] == 1] for r in range(len(ids))]
 
 
-def logits(checkpoint, model, batch: dict) -> np.ndarray:
-    """Float32 logits [B, T, V] in one program, the model rebuilt inside from its flat parameters."""
-    params = vlm.split(model)[1]
-
-    @jax.jit
-    def run(params: dict, batch: dict) -> jax.Array:
-        rebuilt = vlm.build(checkpoint.config, params)
-        return rebuilt.logits(vlm.forward(rebuilt, batch))
-
-    return np.asarray(run(params, batch))
+golden = functools.lru_cache(maxsize=1)(Golden)
 
 
 def each(test):
@@ -43,41 +51,35 @@ def each(test):
 
 @each
 def test_batch(directory):
-    checkpoint, model, want = golden(directory)
-    mask = want["attention_mask"]
-    pixels, counts = want["pixel_values"], want["n_images_per_row"]
-    batch = row_batch(checkpoint.config, checkpoint.image_token, want["input_ids"], mask, pixels, counts)
-    got = logits(checkpoint, model, batch)
-    real, ours = mask == 1, batch["segments"] == 1
-    np.testing.assert_allclose(got[ours], want["logits"][real], atol=TOLERANCE, rtol=0)
+    case = golden(directory)
+    want, mask = case.want, case.want["attention_mask"]
+    got = case.rows(want["input_ids"], mask, want["n_images_per_row"])
+    for r, row in enumerate(got):
+        np.testing.assert_allclose(row, want["logits"][r][mask[r] == 1], atol=TOLERANCE, rtol=0)
 
-    images = pixels.transpose(0, 2, 3, 1)[None]
-    features = np.asarray(model.encode_images(images)).reshape(want["image_features"].shape)
-    np.testing.assert_allclose(features, want["image_features"], atol=TOLERANCE, rtol=0)
-
-    labels = np.where(real, want["labels"], -100)[:, 1:]
-    taken = want["logits"].astype(np.float64)[:, :-1]
-    taken[real[:, :-1]] = got[ours].astype(np.float64)[_all_but_last(real)]
-    log_p = taken - np.log(np.exp(taken).sum(-1, keepdims=True))
-    loss = -np.take_along_axis(log_p, np.maximum(labels, 0)[..., None], -1)[..., 0][labels != -100].mean()
-    np.testing.assert_allclose(loss, want["loss"], atol=1e-4)
+    losses = []
+    for r, row in enumerate(got):
+        labels = want["labels"][r][mask[r] == 1][1:]
+        log_p = np.asarray(jax.nn.log_softmax(row[:-1], axis=-1))
+        losses.append(-log_p[np.arange(len(labels)), np.maximum(labels, 0)][labels != -100])
+    np.testing.assert_allclose(np.concatenate(losses).mean(), want["loss"], atol=1e-4)
 
 
-def _all_but_last(real: np.ndarray) -> np.ndarray:
-    """Among the real positions in order, those that are not in the last column."""
-    columns = np.broadcast_to(np.arange(real.shape[1]), real.shape)[real]
-    return columns < real.shape[1] - 1
+@each
+def test_image_features(directory):
+    case = golden(directory)
+    images = case.want["pixel_values"].transpose(0, 2, 3, 1)[None]
+    got = np.asarray(case.model.encode_images(images)).reshape(case.want["image_features"].shape)
+    np.testing.assert_allclose(got, case.want["image_features"], atol=TOLERANCE, rtol=0)
 
 
 @each
 def test_single_row_and_text_only(directory):
-    checkpoint, model, want = golden(directory)
-    ids, count = want["single_input_ids"], want["n_images_per_row"][:1]
-    batch = row_batch(checkpoint.config, checkpoint.image_token, ids, np.ones_like(ids), want["pixel_values"][: count[0]], count)
-    np.testing.assert_allclose(logits(checkpoint, model, batch), want["single_logits"], atol=TOLERANCE, rtol=0)
-    ids = want["text_only_input_ids"]
-    batch = row_batch(checkpoint.config, checkpoint.image_token, ids, np.ones_like(ids), None, [0])
-    np.testing.assert_allclose(logits(checkpoint, model, batch), want["text_only_logits"], atol=TOLERANCE, rtol=0)
+    case = golden(directory)
+    for name, counts in (("single", case.want["n_images_per_row"][:1]), ("text_only", [0])):
+        ids = case.want[f"{name}_input_ids"]
+        (got,) = case.rows(ids, np.ones_like(ids), counts)
+        np.testing.assert_allclose(got, case.want[f"{name}_logits"][0], atol=TOLERANCE, rtol=0, err_msg=name)
 
 
 @each
@@ -86,19 +88,18 @@ def test_generated_ids_are_the_greedy_ones(directory):
 
     Not for dynamic RoPE, whose cache keeps keys rotated with the frequencies of the step that wrote them.
     """
-    checkpoint, model, want = golden(directory)
-    if checkpoint.config.llm.rope.kind == "dynamic":
+    case = golden(directory)
+    want, counts = case.want, case.want["n_images_per_row"]
+    if case.checkpoint.config.llm.rope.kind == "dynamic":
         pytest.skip("dynamic RoPE: only prefill logits are required")
-    for prompt, generated, mask, counts in (
-        (want["input_ids"], want["generated_ids"], want["attention_mask"], want["n_images_per_row"]),
-        (want["single_input_ids"], want["single_generated_ids"], np.ones_like(want["single_input_ids"]), want["n_images_per_row"][:1]),
+    single = want["single_input_ids"]
+    for prompt, generated, mask, images in (
+        (want["input_ids"], want["generated_ids"], want["attention_mask"], counts),
+        (single, want["single_generated_ids"], np.ones_like(single), counts[:1]),
     ):
         new = generated.shape[1] - prompt.shape[1]
         longer = np.concatenate([mask, np.ones((len(mask), new), mask.dtype)], 1)
-        pixels = want["pixel_values"][: sum(counts)]
-        batch = row_batch(checkpoint.config, checkpoint.image_token, generated, longer, pixels, counts)
-        best = logits(checkpoint, model, batch)[:, -new - 1 : -1].argmax(-1)
-        for row, continuation in zip(best, generated[:, -new:]):
-            ended = np.flatnonzero(continuation == checkpoint.tokens["eos_token_id"])
+        for row, ids in zip(case.rows(generated, longer, images), generated[:, -new:]):
+            ended = np.flatnonzero(ids == case.checkpoint.tokens["eos_token_id"])
             length = ended[0] + 1 if len(ended) else new
-            np.testing.assert_array_equal(row[:length], continuation[:length])
+            np.testing.assert_array_equal(row[-new - 1 : -1].argmax(-1)[:length], ids[:length])

@@ -1,4 +1,5 @@
-"""Image preprocessing against LLaVA and HF's CLIP processor: recorded pixels (bit-equal) and anyres geometry."""
+"""Image preprocessing against LLaVA and HF's CLIP processor: recorded pixels (bit-equal) and anyres geometry.
+"""
 
 import json
 
@@ -9,7 +10,9 @@ from tests.goldens import SHARED, cases
 from vlm_jax.data.images import ImageSource, Preprocess, content_box, load_views, normalise
 from vlm_jax.models.slots import select_best_resolution, unpad_box
 
-PIXELS = cases("llava", "images/pixel_values*.npz") or sorted((SHARED / "goldens/llava/images").glob("pixel_values*.npz"))
+PIXELS = cases("llava", "images/pixel_values*.npz") or sorted(
+    (SHARED / "goldens/llava/images").glob("pixel_values*.npz")
+)
 GEOMETRY = cases("llava", "anyres_geometry*.json")
 
 
@@ -19,22 +22,35 @@ def parts(x):
         return {"": x, "sub": x[:, :, ::5, ::5]}
     exact = x.astype(np.float64)
     stats = [exact.mean(), exact.std(), exact.min(), exact.max(), np.abs(exact).sum() / 1e5]
-    return {"": x, "sub": x[:, ::24, ::24], "row100": x[:, min(100, len(x[0]) - 1)], "col0": x[:, :, 0], "stats": np.array(stats)}
+    return {
+        "": x,
+        "sub": x[:, ::24, ::24],
+        "row100": x[:, min(100, len(x[0]) - 1)],
+        "col0": x[:, :, 0],
+        "stats": np.array(stats),
+    }
 
 
 def index_of(path):
     names = (f"{path.stem}_index.json", path.stem.replace("pixel_values", "pixel_values_index") + ".json")
-    return next(json.loads((path.parent / name).read_text()) for name in names if (path.parent / name).is_file())
+    return next(
+        json.loads((path.parent / name).read_text()) for name in names if (path.parent / name).is_file()
+    )
 
 
-@pytest.mark.skipif(not PIXELS, reason="the pictures belong to another project: set VLM_JAX_SHARED to the folder that has them")
+@pytest.mark.skipif(
+    not PIXELS,
+    reason="the pictures belong to another project: set VLM_JAX_SHARED to the folder that has them",
+)
 @pytest.mark.parametrize("path", PIXELS, ids=lambda p: p.stem)
 def test_pixel_values(path):
     kept, index = np.load(path), index_of(path)
     pinpoints = tuple(tuple(p) for p in index["grid_pinpoints"])
     compared = set()
     for case in index["cases"]:
-        how = Preprocess(case["size"], case["mode"], "crop", tuple(index["mean"]), tuple(index["std"]), pinpoints)
+        how = Preprocess(
+            case["size"], case["mode"], "crop", tuple(index["mean"]), tuple(index["std"]), pinpoints
+        )
         assert list(how.pad_colour) == index["pad_color"]
         views, _ = load_views(ImageSource(str(path.parent / case["image"])), how)
         x = normalise(views, how.mean, how.std).transpose(0, 3, 1, 2)
@@ -75,7 +91,11 @@ def test_processors_of_transformers_give_the_same_pixels(tmp_path):
 
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(0)
-    hows = [Preprocess(56, "square"), Preprocess(56, "pad"), Preprocess(56, "square", "squash", (0.5,) * 3, (0.5,) * 3)]
+    hows = [
+        Preprocess(56, "square"),
+        Preprocess(56, "pad"),
+        Preprocess(56, "square", "squash", (0.5,) * 3, (0.5,) * 3),
+    ]
     for number, how in enumerate(hows):
         folder = tmp_path / str(number)
         folder.mkdir()

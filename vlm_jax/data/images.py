@@ -1,11 +1,12 @@
-"""From an image file to the uint8 views [V, S, S, 3] that a vision tower reads, bit-equal to HF's CLIP and SigLIP processors.
+"""From an image file to the uint8 views [V, S, S, 3] of a vision tower, bit-equal to HF's CLIP and SigLIP.
 
     square   short side to S (bicubic), centre crop                                      V = 1
     pad      centred on a square of the mean colour, then as square                      V = 1
     anyres   [whole image squashed to S x S] + S x S tiles of the image padded to a grid V = 1 + tiles
 
-SigLIP squashes to S x S where CLIP resizes the short side and crops. Only Pillow's BICUBIC on uint8 is bit-exact. The float
-steps x/255, -mean, /std run on the device inside the tower; `normalise` is their reference.
+SigLIP squashes to S x S where CLIP resizes the short side and crops. Only Pillow's BICUBIC on uint8 is
+bit-exact. The float steps x/255, -mean, /std run on the device inside the tower; `normalise` is their
+reference.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from vlm_jax.config import CLIP_MEAN, CLIP_STD, ConfigError, VLMConfig
 from vlm_jax.models import slots
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-LONGEST_SIDE = 1 << 16  # a thinner image would be blown up to gigabytes by the resize of its short side
+LONGEST_RESIZED = 1 << 16  # thin images that would be blown up to gigabytes are refused: by the crop's resize
+LONGEST_PADDED = 1 << 14  # or by the square canvas
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -37,7 +39,7 @@ class ImageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Where an image comes from: the file `path`, or the encoded bytes `data` (`path` is then only a name); `record` names its record."""
+    """An image file, or its bytes in `data` (`path` is then only a name); `record` says who needs it."""
 
     path: str
     record: str = ""
@@ -89,7 +91,9 @@ class Preprocess:
         best = slots.select_best_resolution(*image.size, self.pinpoints)
         columns, rows = slots.tile_grid(*image.size, self.pinpoints, self.size)
         canvas, s = resize_and_pad(image, best), self.size
-        tiles = [canvas.crop((x * s, y * s, (x + 1) * s, (y + 1) * s)) for y in range(rows) for x in range(columns)]
+        tiles = [
+            canvas.crop((x * s, y * s, (x + 1) * s, (y + 1) * s)) for y in range(rows) for x in range(columns)
+        ]
         return [image.resize((s, s), Image.Resampling.BICUBIC), *tiles]
 
     def _fit(self, image: Image.Image) -> np.ndarray:
@@ -100,7 +104,7 @@ class Preprocess:
         if self.fit == "squash":
             return np.asarray(image.resize((s, s), Image.Resampling.BICUBIC))
         long = int(s * max(w, h) / min(w, h))
-        if long > LONGEST_SIDE:
+        if long > LONGEST_RESIZED:
             raise ValueError(f"{w}x{h} pixels is too thin to be cropped to a square")
         image = image.resize((s, long) if w <= h else (long, s), Image.Resampling.BICUBIC)
         left, top = (image.width - s) // 2, (image.height - s) // 2
@@ -156,6 +160,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     side = max(image.size)
     if image.size == (side, side):
         return image
+    if side > LONGEST_PADDED:
+        raise ValueError(f"{image.width}x{image.height} pixels is too long to be padded to a square")
     canvas = Image.new("RGB", (side, side), colour)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
@@ -181,17 +187,23 @@ def content_box(width: int, height: int, target: tuple[int, int]) -> tuple[int, 
 
 
 def normalise(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """uint8 [..., 3] -> float32 of the same shape: x * (1/255) in float64, cast, then (x - mean) / std in float32, as HF does."""
+    """uint8 [..., 3] -> float32 [..., 3] in HF's order: x * (1/255) in float64, cast, then (x - mean) / std."""
     x = (views * (1 / 255)).astype(np.float32)
     return (x - np.float32(mean)) / np.float32(std)
 
 
 def processor_dict(how: Preprocess) -> dict[str, Any]:
-    """The image processor of an HF directory (content of preprocessor_config.json) that computes the same pixels."""
+    """Content of an HF preprocessor_config.json that computes the same pixels."""
     square = {"height": how.size, "width": how.size}
     written = {
-        "do_convert_rgb": True, "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(how.mean), "image_std": list(how.std),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(how.mean),
+        "image_std": list(how.std),
     }
     if how.fit == "squash":
         return {"image_processor_type": "SiglipImageProcessor", "size": square, **written}
@@ -216,21 +228,26 @@ def read_processor(folder: str | Path) -> Preprocess | None:
 
 
 def preprocess_of(read: Mapping[str, Any], where: str) -> Preprocess:
-    """Preprocess from the dictionary of an HF image processor; raises ConfigError naming `where` on what we do not compute."""
+    """Preprocess from an HF image processor's dictionary; ConfigError names `where` if we do not compute it."""
     siglip = "siglip" in str(read.get("image_processor_type", read.get("feature_extractor_type", ""))).lower()
     size = read.get("size", 224)
     squash = siglip or (isinstance(size, dict) and "height" in size and not read.get("do_center_crop", False))
     side, crop = _side(size, where), _side(read.get("crop_size", size), where)
     if not squash and read.get("do_center_crop", True) and crop != side:
-        raise ConfigError(f"{where} resizes to {side} but crops to {crop}: only processors with equal sizes are supported")
+        raise ConfigError(
+            f"{where} resizes to {side} but crops to {crop}: only processors with equal sizes are supported"
+        )
     for key, wanted in (("resample", 3), ("do_resize", True), ("do_rescale", True), ("do_normalize", True)):
         if read.get(key, wanted) != wanted:
             raise ConfigError(f"{where} has {key}={read[key]!r}, but only {wanted!r} is supported")
     if not math.isclose(read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ConfigError(f"{where} has rescale_factor={read['rescale_factor']!r}, but only 1/255 is supported")
+        raise ConfigError(
+            f"{where} has rescale_factor={read['rescale_factor']!r}, but only 1/255 is supported"
+        )
     default = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
     mean, std = (tuple(map(float, read.get(k) or d)) for k, d in zip(("image_mean", "image_std"), default))
-    return Preprocess(side, "pad" if read.get("do_pad") else "square", "squash" if squash else "crop", mean, std)
+    aspect, fit = "pad" if read.get("do_pad") else "square", "squash" if squash else "crop"
+    return Preprocess(side, aspect, fit, mean, std)
 
 
 def _side(size: Any, where: str) -> int:

@@ -1,4 +1,5 @@
-"""The supervision masks of haotian-liu/LLaVA v1.2.2 (`llava/train/train.py`), counts of re-tokenised pieces, quirks included.
+"""The supervision masks of haotian-liu/LLaVA v1.2.2 (`llava/train/train.py`), counts of re-tokenised pieces,
+quirks included.
 
     v1, llama_2   round = text between terminators;  instruction = round up to the answer
                   supervise [cur + n(instruction) - 2, cur + n(round)),  cur += n(round)        (n counts BOS in place of the terminator)
@@ -6,7 +7,8 @@
     v0            n(header), then every turn; human turns are masked but for two tokens, boundaries drift by one BOS per piece
     plain         all but the image
 
-A sample whose counts do not add up to its length loses all its labels (the original warns). `data.tasks` has the exact masks.
+A sample whose counts do not add up to its length loses all its labels (the original warns). `data.tasks` has
+the exact masks.
 """
 
 from __future__ import annotations
@@ -22,22 +24,34 @@ from vlm_jax.data.tokenizer import Tokenizer
 Count = Callable[[str], int]
 
 
-def supervised(template: Template, turns: Sequence[Turn], text: str, tokens: np.ndarray, tokenizer: Tokenizer, has_image: bool,
-               max_length: int | None) -> np.ndarray:
-    """bool [n]: the tokens that the original gives a label. `text` is the training text that `tokens` int32 [n] came from."""
+def supervised(
+    template: Template,
+    turns: Sequence[Turn],
+    text: str,
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    has_image: bool,
+    max_length: int | None,
+) -> np.ndarray:
+    """bool [n]: the tokens that the original gives a label. `text` is the training text that `tokens` int32
+    [n] came from.
+    """
+
     def count(string: str) -> int:
         return len(tokenizer.encode_images(string) if has_image else tokenizer.encode(string))
 
     said = np.ones(len(tokens), bool)
     if template.style == "PLAIN":
-        said[:len(tokenizer.encode_images(IMAGE_TEXT * turns[0][1].count(IMAGE_TEXT)))] = False
+        said[: len(tokenizer.encode_images(IMAGE_TEXT * turns[0][1].count(IMAGE_TEXT)))] = False
         return said
     if template.style == "SINGLE":
         return _v0(said, template, turns, tokenizer, count if has_image else None, max_length)
     marked = said.copy()
     counted = (_mpt if template.style == "MPT" else _two)(marked, template, text, tokenizer, count)
     marked[counted:] = False
-    unchecked = max_length is not None and counted >= max_length  # the original takes this for a truncated sample
+    unchecked = (
+        max_length is not None and counted >= max_length
+    )  # the original takes this for a truncated sample
     mismatch = not unchecked and counted != int((tokens != tokenizer.pad_id).sum())
     return ~said if mismatch else marked
 
@@ -52,9 +66,10 @@ def _two(marked: np.ndarray, template: Template, text: str, tokenizer: Tokenizer
         parts = turn.split(separator)
         if len(parts) != 2:
             break
-        # Behind </s> a tokenizer that is not legacy writes USER without the invisible space: one piece fewer than counted alone.
+        # Behind </s> a tokenizer that is not legacy writes USER without the invisible space: one piece fewer
+        # than counted alone.
         shorter = int(v1 and k > 0 and tokenizer.legacy is False)
-        marked[cursor:cursor + count(parts[0] + separator) - 2 - shorter] = False
+        marked[cursor : cursor + count(parts[0] + separator) - 2 - shorter] = False
         cursor += count(turn) - shorter
     return cursor
 
@@ -66,19 +81,28 @@ def _mpt(marked: np.ndarray, template: Template, text: str, tokenizer: Tokenizer
     separator = template.sep + template.roles[1]
     cursor = 0
     for start in starts:
-        turn = template.sep.join(pieces[start:start + (2 if start else 3)])
+        turn = template.sep.join(pieces[start : start + (2 if start else 3)])
         parts = turn.split(separator)
         if len(parts) != 2:
             break
         longer = int(start > 0 and tokenizer.legacy is True)
-        marked[cursor:cursor + count(parts[0] + separator) - 1 + longer] = False
+        marked[cursor : cursor + count(parts[0] + separator) - 1 + longer] = False
         cursor += count(turn) + longer
     return cursor
 
 
-def _v0(said: np.ndarray, template: Template, turns: Sequence[Turn], tokenizer: Tokenizer, count: Count | None,
-        max_length: int | None) -> np.ndarray:
-    """Human turns less two tokens; text-only pieces (count None) are cut to max_length and their pad ids are not counted."""
+def _v0(
+    said: np.ndarray,
+    template: Template,
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    count: Count | None,
+    max_length: int | None,
+) -> np.ndarray:
+    """Human turns less two tokens; text-only pieces (count None) are cut to max_length and their pad ids are
+    not counted.
+    """
+
     def length(string: str) -> int:
         if count is not None:
             return count(string)
@@ -90,6 +114,6 @@ def _v0(said: np.ndarray, template: Template, turns: Sequence[Turn], tokenizer: 
     for role, text in turns:
         end = cursor + length(f"### {names.get(role, 'unknown')}: {text}\n")
         if role == "human":
-            said[cursor + 2:end] = False
+            said[cursor + 2 : end] = False
         cursor = end
     return said

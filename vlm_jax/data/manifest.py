@@ -1,15 +1,15 @@
-"""What every record will take in a row, measured once and kept: the manifest that packing plans and resuming rest on.
+"""What every record takes in a row, measured once and kept: packing plans and exact resume rest on this.
 
-    lengths [N]  slots of the record after cutting text to the limit; 0 = unusable
+    lengths [N]  slots of the record after cutting it to the limit; 0 = unusable
     views   [N]  image views
     checks  [N]  crc32 of tokens and labels, so that a changed record is noticed
-    status  [N]  OK, REJECTED (its images do not fit) or BAD (a broken record or image)
+    status  [N]  OK, REJECTED (images do not fit, nothing supervised) or BAD (broken record or image)
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -40,12 +40,12 @@ class DataError(ValueError):
 
 
 class TooLong(ValueError):
-    """A sample that is rejected, because its images do not fit or nothing that is supervised would be left."""
+    """A sample is rejected: its images do not fit, or nothing that is supervised would be left."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one record becomes slots: `encode(record) -> Sample`, the model's image geometry, and the limits of one sample."""
+    """How one record becomes slots: `encode`, the image geometry of the model, and the limits of a sample."""
 
     encode: Callable[[Any], Sample]
     config: VLMConfig
@@ -53,9 +53,9 @@ class Layout:
     view_budget: int
 
     def place(self, sample: Sample, sizes: Sequence[tuple[int, int]], name: str) -> tuple[Slots, int, int]:
-        """(slots, images kept, their views) of a sample with images of `sizes` (w, h), cut to the limit between images and text.
+        """(slots, images kept, their views) of a sample with images of `sizes` (w, h), cut to the limit.
 
-        TooLong: a row cannot hold its views, or nothing that is supervised is left.
+        Raises TooLong if a row cannot hold its views or nothing that is supervised is left.
         """
         slots = [slots_of_image(*size, self.config) for size in sizes]
         kept = truncate(sample, [len(s) for s in slots], self.limit)
@@ -65,7 +65,9 @@ class Layout:
         count = len(kept.images)
         views = [views_of_image(*size, self.config) for size in sizes[:count]]
         if sum(views) > self.view_budget:
-            raise TooLong(f"{name} has {sum(views)} image views, but data.view_budget={self.view_budget} a row")
+            raise TooLong(
+                f"{name} has {sum(views)} image views, but data.view_budget={self.view_budget} a row"
+            )
         return expand(kept, slots[:count], views, self.config.vision.features), count, sum(views)
 
     def sizes(self, sources: Sequence[images.ImageSource]) -> list[tuple[int, int]]:
@@ -76,8 +78,10 @@ class Layout:
             images.check_exists(source)
         return [(1, 1)] * len(sources)
 
-    def measure(self, records: Sequence[Any], start: int, stop: int) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
-        """([n, 4] of length, views, check, status; [(index, status, sentence)] of the unusable) for records[start:stop]."""
+    def measure(
+        self, records: Sequence[Any], start: int, stop: int
+    ) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
+        """Rows start..stop of the manifest, [n, 4], and (index, status, sentence) of the unusable records."""
         table, notes = np.zeros((stop - start, 4), np.int64), []
         for index in range(start, stop):
             try:
@@ -96,7 +100,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The table of the module docstring (int64 arrays [N]) and (index, status, sentence) of the records that are not used."""
+    """The module's table, int64 [N] each; notes: (index, status, sentence) of the unusable records."""
 
     lengths: np.ndarray
     views: np.ndarray
@@ -140,32 +144,41 @@ def checksum(sample: Sample) -> int:
 def check_limit(bad: int, max_bad: int, sentence: str) -> None:
     """Raise DataError when more samples are bad than the config allows."""
     if bad > max_bad:
-        raise DataError(f"{bad} samples are unusable, more than data.max_bad={max_bad} allows; the last one: {sentence}")
+        raise DataError(
+            f"{bad} samples are unusable, more than data.max_bad={max_bad} allows; the last one: {sentence}"
+        )
 
 
-def measure(records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0) -> Manifest:
+def measure(
+    records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0
+) -> Manifest:
     """Encode every record once; stops with DataError as soon as more than `max_bad` are bad.
 
-    processes > 0 starts that many workers (records and layout.encode must then be picklable); else threads do the work.
+    processes > 0 starts that many workers (records and layout.encode must be picklable), else threads work.
     """
-    parts, notes = [np.zeros((0, 4), np.int64)], []
+    parts, notes, bad = [np.zeros((0, 4), np.int64)], [], 0
     for table, found in _chunks(records, layout, threads, processes):
         parts.append(table)
         notes += found
-        bad = [sentence for _, status, sentence in notes if status == BAD]
-        check_limit(len(bad), max_bad, bad[-1] if bad else "")
+        broken = [sentence for _, status, sentence in found if status == BAD]
+        bad += len(broken)
+        check_limit(bad, max_bad, broken[-1] if broken else "")
     manifest = Manifest(*np.concatenate(parts).T.copy(), notes=tuple(notes))
     for _, status, sentence in notes[:20]:
         log.warning("%s: %s", "skipped" if status == BAD else "rejected", sentence)
     if len(notes) > 20:
-        log.warning("%d skipped and %d rejected records in all", manifest.count(BAD), manifest.count(REJECTED))
+        log.warning(
+            "%d skipped and %d rejected records in all", manifest.count(BAD), manifest.count(REJECTED)
+        )
     if not len(manifest.usable):
         first = f"; the first: {notes[0][2]}" if notes else ""
         raise DataError(f"none of the {len(records)} records can be trained on{first}")
     return manifest
 
 
-def _chunks(records: Sequence[Any], layout: Layout, threads: int, processes: int) -> Iterator[tuple[np.ndarray, list]]:
+def _chunks(
+    records: Sequence[Any], layout: Layout, threads: int, processes: int
+) -> Iterator[tuple[np.ndarray, list]]:
     """`Layout.measure` over all records in chunks, in order, a bounded number of chunks ahead."""
     if processes:
         context = multiprocessing.get_context("spawn")  # fork is unsafe once JAX has started its threads
@@ -177,24 +190,16 @@ def _chunks(records: Sequence[Any], layout: Layout, threads: int, processes: int
         def task(start: int, stop: int):
             return layout.measure(records, start, stop)
 
-    bounds = iter([(a, min(a + CHUNK, len(records))) for a in range(0, len(records), CHUNK)])
-    with contextlib.closing(_Ahead(pool)) as queue:
-        for start, stop in bounds:
-            queue.pending.append(pool.submit(task, start, stop))
-            if len(queue.pending) >= ahead:
-                yield queue.pending.pop(0).result()
-        while queue.pending:
-            yield queue.pending.pop(0).result()
-
-
-class _Ahead:
-    """Futures in flight; closing drops those that have not begun, so that an error stops the measurement at once."""
-
-    def __init__(self, pool: concurrent.futures.Executor):
-        self.pool, self.pending = pool, []
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+    pending = collections.deque()
+    try:
+        for start in range(0, len(records), CHUNK):
+            pending.append(pool.submit(task, start, min(start + CHUNK, len(records))))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # an error stops the measurement at once
 
 
 _WORKER: list[Any] = []  # (records, layout) of a measuring process
@@ -210,11 +215,17 @@ def _measure_here(start: int, stop: int) -> tuple[np.ndarray, list]:
 
 
 def load_or_measure(
-    records: Sequence[Any], layout: Layout, max_bad: int, cache: str | Path | None = None, threads: int = 4, processes: int = 0
+    records: Sequence[Any],
+    layout: Layout,
+    max_bad: int,
+    cache: str | Path | None = None,
+    threads: int = 4,
+    processes: int = 0,
 ) -> Manifest:
     """`measure`, kept as <cache>/manifest-<key>.npz for the next run over the same records and encoding.
 
-    Kept only where the content of both is known (see `fingerprint`) and no record is bad: a missing image may be there next time.
+    Kept only where the content of both is known (see `fingerprint`) and no record is bad: a missing image may
+    be there the next time.
     """
     path = _cache_path(records, layout, cache)
     if path is not None and path.is_file():
@@ -233,7 +244,7 @@ def load_or_measure(
 
 
 def fingerprint(source: Any) -> str | None:
-    """Hash of what `source` (records, or an encode function) holds: its own `fingerprint`, or that of its file `path`; else None."""
+    """What records or an encode function hold: their own `fingerprint`, or the hash of their file `path`."""
     mark = getattr(source, "fingerprint", None)
     if mark is None and getattr(source, "path", None) is not None:
         with open(source.path, "rb") as file:
@@ -246,6 +257,7 @@ def _cache_path(records: Sequence[Any], layout: Layout, cache: str | Path | None
     if None in marks:
         return None
     config = to_dict(layout.config)
-    geometry = [config["vision"], config["aspect"], config["merge"], config["pinpoints"], layout.limit, layout.view_budget]
-    key = json.dumps([VERSION, len(records), marks, geometry], sort_keys=True)
+    geometry = [config[name] for name in ("vision", "aspect", "merge", "pinpoints")]
+    limits = [layout.limit, layout.view_budget, len(records)]
+    key = json.dumps([VERSION, marks, geometry, limits], sort_keys=True)
     return Path(cache) / f"manifest-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"

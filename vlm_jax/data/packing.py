@@ -1,11 +1,14 @@
-"""Several samples in one row of T slots: the plan (from lengths alone, before any image is read) and the rows themselves.
+"""Several samples in one row of T slots: the plan, from lengths alone before any image is read, and the rows.
 
-    sample   tokens  5  7  <image>  9  4         image slots 0 1 2 (or NEWLINE)
-    slots    tokens  5  7  0  0  0  9  4         image_slots -1 -1 0 1 2 -1 -1      targets 7 . . . 9 4 .   (next slot's label)
-    row      [ sample | sample | ... | padding ] segments 1 1 .. 2 2 .. 0 0         positions restart in every sample
+    sample       tokens       5  7  <image>  9  4      labels  .  .  .  9  4
+    slots        tokens       5  7  0  0  0  9  4      of an image with three slots
+                 image_slots -1 -1  0  1  2 -1 -1
+                 targets      .  .  .  .  9  4  .      the label of the next slot
+    row          [ sample | sample | ... | padding ]   segments 1 1 .. 2 2 .. 0 0
 
-`plan` is first-fit-decreasing inside windows of a shuffled epoch: O(n log n) to sort, then one vector step per sample rank that
-serves every window at once. It is a pure function of its arguments, so a row is addressed by (seed, epoch, row).
+`plan` is first-fit-decreasing inside windows of a shuffled epoch: O(n log n) to sort, then one vector step
+per sample rank that serves every window at once. It is a pure function of its arguments, so a row is
+addressed by (seed, epoch, row).
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from vlm_jax.config import IGNORE, IMAGE
 from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import NEWLINE
 
-WINDOW = 4096  # samples packed together; a larger window fills rows a little better and takes proportionally longer to plan
+WINDOW = 4096  # samples packed together: a larger window fills rows a little better and plans more slowly
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """One sample laid out in slots, all arrays [n]: tokens, image_slots, targets int32 and weights float32 (see the module).
+    """One sample in slots, arrays [n]: tokens, image_slots, targets int32, weights float32 (see the module).
 
     image_slots: -1 text, NEWLINE, or a feature index counted from the sample's first view.
     """
@@ -39,16 +42,18 @@ class Slots:
 
 
 def truncate(sample: Sample, image_slots: Sequence[int], limit: int) -> Sample | None:
-    """The longest beginning of a sample that takes at most `limit` slots, image k taking image_slots[k]; no image is ever cut.
+    """The longest beginning of a sample that takes at most `limit` slots, image k taking image_slots[k].
 
-    None if it would hold nothing that is supervised: such a sample is rejected and counted.
+    No image is ever cut. None if nothing supervised would be left: such a sample is rejected and counted.
     """
     takes = _takes(sample, image_slots)
     kept = int(np.searchsorted(np.cumsum(takes), limit, side="right"))
     tokens, labels = sample.tokens[:kept], sample.labels[:kept]
     if not (labels[1:] != IGNORE).any():
         return None
-    return dataclasses.replace(sample, tokens=tokens, labels=labels, images=sample.images[: int((tokens == IMAGE).sum())])
+    return dataclasses.replace(
+        sample, tokens=tokens, labels=labels, images=sample.images[: int((tokens == IMAGE).sum())]
+    )
 
 
 def _takes(sample: Sample, image_slots: Sequence[int]) -> np.ndarray:
@@ -61,14 +66,16 @@ def _takes(sample: Sample, image_slots: Sequence[int]) -> np.ndarray:
 def expand(sample: Sample, image_slots: Sequence[np.ndarray], views: Sequence[int], features: int) -> Slots:
     """Lay a sample out in slots; nothing is cut (see `truncate`).
 
-    image_slots[i] (models.slots, relative to its first view) and views[i] belong to the i-th image; `features` is P.
+    image_slots[i] (models.slots, relative to its first view) and views[i] belong to the i-th image;
+    `features` is P.
     """
     where = np.flatnonzero(sample.tokens == IMAGE)
     takes = _takes(sample, [len(s) for s in image_slots])
     placed = np.full(int(takes.sum()), -1, np.int32)
     starts, first_view = np.cumsum(takes) - takes, 0
     for at, relative, count in zip(starts[where], image_slots, views):
-        placed[at : at + len(relative)] = np.where(relative == NEWLINE, NEWLINE, relative + first_view * features)
+        shifted = relative + first_view * features
+        placed[at : at + len(relative)] = np.where(relative == NEWLINE, NEWLINE, shifted)
         first_view += count
     tokens = np.repeat(np.where(sample.tokens == IMAGE, 0, sample.tokens), takes).astype(np.int32)
     labels = np.where(placed == -1, np.repeat(sample.labels, takes), IGNORE)
@@ -90,7 +97,7 @@ class RowShape:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A sample's place in a row: how much it takes, and what is in it (None where its image turned out to be broken: padding)."""
+    """A sample's place in a row and what is in it; slots None: an image turned out to be broken, padding."""
 
     length: int
     views: int
@@ -99,12 +106,14 @@ class Piece:
 
 
 def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]:
-    """One row: tokens, image_slots, targets, segments, positions int32 [T], weights float32 [T], images uint8 [I, S, S, 3].
+    """One row of a batch; without pieces it is all padding.
 
-    image_slots: -1 text, v*P + p for feature p of the row's view v, I*P for image_newline. No piece: a row of padding.
+    tokens, targets (0 where not supervised), segments (1.. per sample, 0 padding), positions (restart per
+    sample), image_slots (-1 text; v*P + p feature p of the row's view v; I*P image_newline): int32 [T].
+    weights float32 [T]. images uint8 [I, S, S, 3], zeros where unused.
     """
-    row = {k: np.zeros(shape.slots, np.int32) for k in ("tokens", "image_slots", "targets", "segments", "positions")}
-    row["image_slots"] -= 1
+    row = {name: np.zeros(shape.slots, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    row["image_slots"] = np.full(shape.slots, -1, np.int32)
     row["weights"] = np.zeros(shape.slots, np.float32)
     row["images"] = np.zeros((shape.views, shape.pixels, shape.pixels, 3), np.uint8)
     at, view = 0, 0
@@ -114,7 +123,8 @@ def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]
             s = piece.slots
             row["tokens"][here], row["targets"][here], row["weights"][here] = s.tokens, s.targets, s.weights
             shifted = np.where(s.image_slots >= 0, s.image_slots + view * shape.features, s.image_slots)
-            row["image_slots"][here] = np.where(s.image_slots == NEWLINE, shape.views * shape.features, shifted)
+            newline = shape.views * shape.features
+            row["image_slots"][here] = np.where(s.image_slots == NEWLINE, newline, shifted)
             row["segments"][here] = number
             row["positions"][here] = np.arange(piece.length)
             if piece.pixels is not None:
@@ -130,7 +140,7 @@ def batch_rows(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows of one epoch in CSR form: row r holds samples[starts[r]:starts[r+1]] (dataset indices, in the order of the row)."""
+    """Rows of one epoch in CSR form: row r holds the samples numbered samples[starts[r]:starts[r+1]]."""
 
     starts: np.ndarray
     samples: np.ndarray
@@ -143,21 +153,30 @@ class Plan:
 
 
 def plan(
-    lengths: np.ndarray, views: np.ndarray, row_length: int, view_budget: int, seed: int, epoch: int,
-    window: int = WINDOW, max_samples: int | None = None, order: np.ndarray | None = None,
+    lengths: np.ndarray,
+    views: np.ndarray,
+    row_length: int,
+    view_budget: int,
+    seed: int,
+    epoch: int,
+    window: int = WINDOW,
+    max_samples: int | None = None,
+    order: np.ndarray | None = None,
 ) -> Plan:
-    """Which samples share a row in `epoch`: each sample of `order` once, at most row_length slots and view_budget views a row.
+    """Which samples share a row in `epoch`: each of `order` once, within both budgets.
 
-    lengths, views: [n] slots and image views of every sample; max_samples=1 is unpacked training. `order` (default: all n,
-    shuffled by (seed, epoch)) lets a mixture choose which samples an epoch has.
+    A row has at most row_length slots, view_budget views and max_samples samples (1: unpacked training).
+
+    lengths, views: [n] slots and image views of every sample. `order` (default: all n, shuffled by seed and
+    epoch) lets a mixture choose which samples an epoch has.
     """
     order = permutation(len(lengths), seed, epoch) if order is None else np.asarray(order)
-    costs = [np.asarray(lengths, np.int32)[order], np.asarray(views, np.int32)[order], np.ones(len(order), np.int32)]
+    costs = [np.asarray(c, np.int32)[order] for c in (lengths, views, np.ones(len(lengths)))]
     limits = [row_length, view_budget, max_samples or max(len(order), 1)]
     for cost, limit, word in zip(costs, limits, ("slots", "views", "samples")):
         if (cost > limit).any():
-            worst = int(cost.argmax())
-            raise ValueError(f"sample {order[worst]} takes {cost[worst]} {word}, more than the {limit} of a row")
+            worst = order[int(cost.argmax())]
+            raise ValueError(f"sample {worst} takes {cost.max()} {word}, more than the {limit} of a row")
     bins = first_fit_decreasing(costs, limits, window)
     shuffled = permutation(bins.max(initial=-1) + 1, seed, epoch, stream=1)
     numbers = np.empty_like(shuffled)
@@ -174,17 +193,19 @@ def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
 
 
 def first_fit_decreasing(costs: Sequence[np.ndarray], limits: Sequence[int], window: int) -> np.ndarray:
-    """Bin of every item, int64 [n], numbered from 0 without gaps; windows of `window` consecutive items are packed separately.
+    """Bin of every item, int64 [n], numbered from 0 without gaps; every `window` items on their own.
 
-    An item goes to the first bin of its window where it fits under every limit, largest items first (sum of the fractions of the
-    limits that it takes). All windows advance together, so the Python loop has `window` steps whatever n is.
+    An item goes to the first bin of its window where it fits under every limit, largest items first (sum of
+    the fractions of the limits that it takes). All windows advance together, so the Python loop has `window`
+    steps whatever n is.
     """
     n = len(costs[0])
     if n == 0:
         return np.zeros(0, np.int64)
     width = min(window, n)
     windows = -(-n // width)
-    padded = [np.pad(c, (0, windows * width - n)).reshape(windows, width) for c in costs]  # zero-cost items fit anywhere
+    missing = windows * width - n  # filled with items of no cost, which fit anywhere
+    padded = [np.pad(c, (0, missing)).reshape(windows, width) for c in costs]
     size = np.sum([c / max(limit, 1) for c, limit in zip(padded, limits)], axis=0)
     ranks = np.argsort(-size, axis=1, kind="stable")
     padded = [np.take_along_axis(c, ranks, axis=1).T.copy() for c in padded]  # [width, windows]

@@ -1,12 +1,13 @@
-"""Records to batches, in an order that is a pure function of (data, seed, step) and so the same after any restart on any hosts.
+"""Records to batches, in an order that depends on data, seed and step alone, whatever the hosts and restarts.
 
-    records -> manifest (lengths, once) -> plan of each epoch -> Rows[global row] -> Grain threads -> this host's part of a batch
+    records -> manifest (lengths, once) -> plan of each epoch -> Rows[row] -> Grain threads -> host's batch
 
-    global row      0 ............................ | epoch 0 | epoch 1 | ... | padding rows to fill the last batch
-    step s          rows [row0 + s*G, row0 + (s+1)*G); of these host h of H takes its contiguous G/H
+    global row   0 ... of epoch 0 | of epoch 1 | ... | padding rows that fill the last batch
+    step s       rows [row0 + s*G, row0 + (s+1)*G); of these host h of H takes its contiguous G/H
 
-Images are decoded only when a row is built, in Grain's reader threads (Pillow releases the GIL). The state of the pipeline is
-one number, the next global row; seed and manifest hash are kept beside it so that changed data is refused.
+Images are decoded only when a row is built, in Grain's reader threads (Pillow releases the GIL). The state of
+the pipeline is one number, the next global row; seed and manifest hash are kept beside it so that changed
+data is refused.
 """
 
 from __future__ import annotations
@@ -25,19 +26,31 @@ import numpy as np
 
 from vlm_jax.config import VLMConfig
 from vlm_jax.data import images, packing
-from vlm_jax.data.manifest import BAD, DataError, Layout, check_limit, checksum, load_or_measure, name_of, sources_of
+from vlm_jax.data.manifest import (
+    BAD,
+    DataError,
+    Layout,
+    check_limit,
+    checksum,
+    load_or_measure,
+    name_of,
+    sources_of,
+)
 from vlm_jax.data.tasks import Sample
 
 log = logging.getLogger(__name__)
 
-PLANS_KEPT = 8  # epochs whose plan is in memory, least recently used first out: readers run ahead over the end of an epoch
+PLANS_KEPT = 8  # epochs whose plan stays in memory: readers run ahead over the end of an epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How samples share rows: `row_length` slots and `view_budget` image views per row, `sample_length` slots per sample
-    (default: a row), `max_samples` per row (1: unpacked), for `epochs` passes in an order drawn from `seed`; up to `max_bad`
-    broken samples are skipped."""
+    """How samples share rows, in which order and for how long.
+
+    row_length slots and view_budget image views per row, sample_length slots per sample (default: a row),
+    max_samples per row (1: unpacked); epochs passes in an order drawn from seed; up to max_bad broken samples
+    are skipped.
+    """
 
     row_length: int = 4096
     view_budget: int = 6
@@ -50,19 +63,26 @@ class Packing:
 
 
 class Rows:
-    """All rows of a run, addressable by one number: `rows[k]` is row k counted over all epochs (numpy dict, see packing.build_row).
+    """All rows of a run: `rows[k]` is row k counted over all epochs, a numpy dict (see packing.build_row).
 
-    records: anything with len() and [i]; encode(record) -> Sample(tokens, labels, images). Both may have a `fingerprint` string,
-    then the measured manifest is kept in `cache`.
+    records: anything with len() and [i]; encode(record) -> Sample(tokens, labels, images). Both may have a
+    `fingerprint` string, then the measured manifest is kept in `cache`.
     """
 
     def __init__(
-        self, records: Sequence[Any], encode: Callable[[Any], Sample], config: VLMConfig, how: Packing = Packing(),
-        cache: str | Path | None = None, threads: int = 4, processes: int = 0,
+        self,
+        records: Sequence[Any],
+        encode: Callable[[Any], Sample],
+        config: VLMConfig,
+        how: Packing = Packing(),
+        cache: str | Path | None = None,
+        threads: int = 4,
+        processes: int = 0,
     ):
         self.records, self.how, self.preprocess = records, how, images.Preprocess.of(config)
-        self.layout = Layout(encode, config, min(how.sample_length or how.row_length, how.row_length), how.view_budget)
-        self.shape = packing.RowShape(how.row_length, how.view_budget, config.vision.image_size, config.vision.features)
+        limit, vision = min(how.sample_length or how.row_length, how.row_length), config.vision
+        self.layout = Layout(encode, config, limit, how.view_budget)
+        self.shape = packing.RowShape(how.row_length, how.view_budget, vision.image_size, vision.features)
         self.manifest = load_or_measure(records, self.layout, how.max_bad, cache, threads, processes)
         self.broken: dict[int, str] = {}  # record index -> sentence, found while decoding
         self._usable = self.manifest.usable
@@ -107,12 +127,14 @@ class Rows:
         return packing.build_row(pieces, self.shape)
 
     def _piece(self, index: int) -> packing.Piece:
-        """Encode and decode one record; a broken image leaves padding of the measured size, counted and logged."""
+        """Encode and decode one record; a broken image leaves padding of the measured size and is counted."""
         length, views = int(self.manifest.lengths[index]), int(self.manifest.views[index])
         record = self.records[index]
         sample, name = self.layout.encode(record), name_of(record, index)
         if checksum(sample) != self.manifest.checks[index]:
-            raise DataError(f"{name} has changed since its length was measured: restart to measure the data again")
+            raise DataError(
+                f"{name} has changed since its length was measured: restart to measure the data again"
+            )
         try:
             loaded = [images.load_views(source, self.preprocess) for source in sources_of(sample, name)]
         except images.ImageError as error:
@@ -120,8 +142,11 @@ class Rows:
             return packing.Piece(length, views, None, None)
         slots, count, found = self.layout.place(sample, [size for _, size in loaded], name)
         if (len(slots), found) != (length, views):
-            raise DataError(f"an image of {name} has changed its size since it was measured: restart to measure again")
-        return packing.Piece(length, views, slots, np.concatenate([v for v, _ in loaded[:count]]) if count else None)
+            raise DataError(
+                f"an image of {name} has changed its size since it was measured: restart to measure again"
+            )
+        pixels = np.concatenate([v for v, _ in loaded[:count]]) if count else None
+        return packing.Piece(length, views, slots, pixels)
 
     def _count_broken(self, index: int, sentence: str) -> None:
         with self._lock:
@@ -136,7 +161,7 @@ class Rows:
         return self.manifest.count(BAD) + len(self.broken)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order of samples: seed, manifest hash and packing limits; kept in every checkpoint."""
+        """What decides the order of samples: seed, manifest hash and packing limits (JSON)."""
         h = self.how
         packed = [h.row_length, h.view_budget, h.max_samples, h.window, self.layout.limit]
         return {"seed": h.seed, "manifest": self.manifest.digest(), "packing": packed}
@@ -145,16 +170,24 @@ class Rows:
 class Batches:
     """Iterator of (step, row batch of this host), read ahead by Grain threads.
 
-    global_batch: rows per step over all hosts. Starts at `start_step`, or where `state` (of a checkpoint, of any number of hosts
-    and any batch size) says. `waited` is the time in seconds that __next__ has waited for data.
+    global_batch: rows per step over all hosts. Starts at `start_step`, or where `state` (of a checkpoint, of
+    any number of hosts and any batch size) says. `waited` is the time in seconds spent waiting for data.
     """
 
     def __init__(
-        self, rows: Rows, global_batch: int, start_step: int = 0, process_index: int = 0, process_count: int = 1,
-        num_threads: int = 4, state: Mapping[str, Any] | None = None,
+        self,
+        rows: Rows,
+        global_batch: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 4,
+        state: Mapping[str, Any] | None = None,
     ):
         if global_batch % process_count:
-            raise DataError(f"train.batch={global_batch} rows cannot be divided evenly among {process_count} hosts")
+            raise DataError(
+                f"train.batch={global_batch} rows cannot be divided evenly among {process_count} hosts"
+            )
         self.rows, self.global_batch, self.waited = rows, global_batch, 0.0
         self._identity = rows.identity()
         self.step, self._row = start_step, start_step * global_batch
@@ -162,9 +195,11 @@ class Batches:
             self.step, self._row = check_state(state, self._identity)
         local = global_batch // process_count
         source = _HostRows(rows, self._row, global_batch, process_index * local, local)
-        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * local, 2 * num_threads, 1))
-        dataset = grain.MapDataset.source(source).to_iter_dataset(options).batch(local, batch_fn=packing.batch_rows)
-        self._iterator = iter(dataset) if len(source) else iter(())
+        ahead = max(2 * local, 2 * num_threads, 1)
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
+        rows_in_order = grain.MapDataset.source(source).to_iter_dataset(options)
+        batches = rows_in_order.batch(local, batch_fn=packing.batch_rows)
+        self._iterator = iter(batches) if len(source) else iter(())
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         return self
@@ -182,13 +217,17 @@ class Batches:
 
 
 def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[int, int]:
-    """(step, global row) of a saved state; raises DataError if the data or its order is not that of the saved run."""
-    words = {"manifest": "the training data", "seed": "data.seed", "packing": "the row length, view budget or packing"}
+    """(step, global row) of a saved state; raises DataError if the data or its order has changed since."""
+    words = {
+        "manifest": "the training data",
+        "seed": "data.seed",
+        "packing": "the row length, view budget or packing",
+    }
     for key, what in words.items():
         if state[key] != identity[key]:
             raise DataError(
-                f"{what} changed since the checkpoint was saved ({key} {state[key]} then, {identity[key]} now): "
-                "restore it, or start a new run from the saved parameters"
+                f"{what} changed since the checkpoint was saved ({key} {state[key]} then, {identity[key]} "
+                "now): restore it, or start a new run from the saved parameters"
             )
     return int(state["step"]), int(state["row"])
 

@@ -1,10 +1,12 @@
-"""LLaVA training files: dialogues about images as JSON (one list) or JSONL (one record per line), checked one record at a time.
+"""LLaVA training files: dialogues about images as JSON (one list) or JSONL (one record per line), checked one
+record at a time.
 
     {"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                          {"from": "gpt", "value": "A cat."}]}
 
-`image` is absent for text-only records, a path below the image folder, or a list of paths. Other keys (`model`, `source` ...) are not
-read, ids may be numbers, a dialogue may begin with the assistant (that turn is not trained on).
+`image` is absent for text-only records, a path below the image folder, or a list of paths. Other keys
+(`model`, `source` ...) are not read, ids may be numbers, a dialogue may begin with the assistant (that turn
+is not trained on).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One dialogue: `turns` alternate between "human" and "gpt"; `images` are full paths in order; `where` names file and record."""
+    """One dialogue: `turns` alternate between "human" and "gpt"; `images` are full paths in order; `where`
+    names file and record.
+    """
 
     id: str
     turns: tuple[Turn, ...]
@@ -37,7 +41,8 @@ class Record:
 
 
 class Records(Sequence[Record]):
-    """A file of records, random access. A record is checked when it is asked for: RecordError leaves the others usable.
+    """A file of records, random access. A record is checked when it is asked for: RecordError leaves the
+    others usable.
 
     JSONL is read by byte offsets found once; a JSON list is held in memory.
     """
@@ -46,7 +51,9 @@ class Records(Sequence[Record]):
         self.path = Path(path)
         self.image_folder = Path(image_folder) if image_folder is not None else None
         if not self.path.is_file():
-            raise RecordError(f"{self.path} does not exist or is not a file: set data.path to a LLaVA .json or .jsonl file")
+            raise RecordError(
+                f"{self.path} does not exist or is not a file: set data.path to a LLaVA .json or .jsonl file"
+            )
         self._offsets = self._items = None
         with open(self.path, "rb") as file:
             if _first_character(file) == b"[":
@@ -54,7 +61,9 @@ class Records(Sequence[Record]):
             else:
                 self._offsets = array.array("q", _line_offsets(file))
         if len(self) == 0:
-            raise RecordError(f"{self.path} holds no records: a LLaVA file is a list of dialogues, or one dialogue per line")
+            raise RecordError(
+                f"{self.path} holds no records: a LLaVA file is a list of dialogues, or one dialogue per line"
+            )
 
     def __len__(self) -> int:
         return len(self._offsets if self._items is None else self._items)
@@ -87,19 +96,28 @@ class Records(Sequence[Record]):
 
 
 def record_of(raw, index: int, path: str | Path = "data", image_folder: str | Path | None = None) -> Record:
-    """Check one parsed record. RecordError says in one sentence which file, which record and what is wrong with it."""
+    """Check one parsed record. RecordError says in one sentence which file, which record and what is wrong
+    with it.
+    """
     if not isinstance(raw, dict):
-        raise RecordError(f"{path}: record {index} is {type(raw).__name__}, not an object with `conversations`")
+        raise RecordError(
+            f"{path}: record {index} is {type(raw).__name__}, not an object with `conversations`"
+        )
     where = f"{path}: record {index}" + (f" (id {raw['id']})" if "id" in raw else "")
     turns = _turns(raw.get("conversations"), where)
     images = _images(raw.get("image"), where)
     shown = [text.count(IMAGE_TEXT) for _, text in turns if IMAGE_TEXT in text]
-    # LLaVA collapses several <image> of one turn into one, so a single image may be named more than once there.
+    # LLaVA collapses several <image> of one turn into one, so a single image may be named more than once
+    # there.
     if len(images) != (len(shown) if len(images) == 1 else sum(shown)):
-        raise RecordError(f"{where} has {len(images)} image(s) but {sum(shown)} {IMAGE_TEXT} in its conversations: each image needs "
-                          "exactly one")
+        raise RecordError(
+            f"{where} has {len(images)} image(s) but {sum(shown)} {IMAGE_TEXT} in its conversations: each image needs "
+            "exactly one"
+        )
     folder = os.fspath(image_folder) if image_folder is not None else ""
-    return Record(str(raw.get("id", index)), turns, tuple(os.path.join(folder, image) for image in images), where)
+    return Record(
+        str(raw.get("id", index)), turns, tuple(os.path.join(folder, image) for image in images), where
+    )
 
 
 def _turns(conversations, where: str) -> tuple[Turn, ...]:
@@ -111,16 +129,24 @@ def _turns(conversations, where: str) -> tuple[Turn, ...]:
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise RecordError(f"{where} has a turn {k} from {speaker!r}: `from` must be human or gpt")
         if not isinstance(turn.get("value"), str):
-            raise RecordError(f"{where} has a turn {k} whose value is {type(turn.get('value')).__name__}, not text")
+            raise RecordError(
+                f"{where} has a turn {k} whose value is {type(turn.get('value')).__name__}, not text"
+            )
         if turns and turns[-1][0] == ROLES[speaker]:
-            raise RecordError(f"{where} has its roles out of order: turn {k} is again {speaker}, human and gpt must alternate")
+            raise RecordError(
+                f"{where} has its roles out of order: turn {k} is again {speaker}, human and gpt must alternate"
+            )
         try:
             turn["value"].encode()
         except UnicodeEncodeError:
-            raise RecordError(f"{where} has a turn {k} with half a character (an unpaired surrogate): repair its text") from None
+            raise RecordError(
+                f"{where} has a turn {k} with half a character (an unpaired surrogate): repair its text"
+            ) from None
         turns.append((ROLES[speaker], turn["value"]))
     if turns[-1][0] == "human" and len(turns) < 3 or len(turns) == 1:
-        raise RecordError(f"{where} has no answer to learn from: give it at least one human turn and one gpt turn after it")
+        raise RecordError(
+            f"{where} has no answer to learn from: give it at least one human turn and one gpt turn after it"
+        )
     return tuple(turns)
 
 

@@ -5,8 +5,9 @@
     epoch     [mega of images] [mega of text] ... shuffled, then the left-overs of both; inside a mega-batch longest first,
               dealt to `world` chunks of equal count and about equal length
 
-From haotian-liu/LLaVA v1.2.2 (`llava/train/llava_trainer.py`). Packing makes this order unnecessary; it serves runs that are to be
-reproduced. Random permutations come from outside, so that recorded ones can be played back.
+From haotian-liu/LLaVA v1.2.2 (`llava/train/llava_trainer.py`). Packing makes this order unnecessary; it
+serves runs that are to be reproduced. Random permutations come from outside, so that recorded ones can be
+played back.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ def length(record: Record) -> int:
 
 
 def group_by_modality_length(lengths: Sequence[int], batch: int, world: int, permute: Permute) -> list[int]:
-    """Every index of `lengths` (signed, see the module) once, in training order; `permute(n)` draws a permutation of n.
+    """Every index of `lengths` (signed, see the module) once, in training order; `permute(n)` draws a
+    permutation of n.
 
     Drawn in this order: images, text, mega-batches; one draw if all samples are of one kind.
     """
     if 0 in lengths:
-        raise ValueError(f"record {list(lengths).index(0)} has no words: group_by_modality_length cannot tell its kind by a length of 0")
+        raise ValueError(
+            f"record {list(lengths).index(0)} has no words: group_by_modality_length cannot tell its kind by a length of 0"
+        )
     if all(n > 0 for n in lengths) or all(n < 0 for n in lengths):
         return group_by_length(lengths, batch, world, permute)
     kinds = []
@@ -52,7 +56,9 @@ def group_by_modality_length(lengths: Sequence[int], batch: int, world: int, per
 
 
 def group_by_length(lengths: Sequence[int], batch: int, world: int, permute: Permute) -> list[int]:
-    """Every index once: a random order, sorted by length (longest first) inside each mega-batch and dealt out evenly."""
+    """Every index once: a random order, sorted by length (longest first) inside each mega-batch and dealt out
+    evenly.
+    """
     order = []
     for mega in _cut([int(i) for i in permute(len(lengths))], world * batch):
         longest_first = sorted(mega, key=lambda i: -lengths[i])
@@ -61,11 +67,13 @@ def group_by_length(lengths: Sequence[int], batch: int, world: int, permute: Per
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _deal(indices: list[int], lengths: Sequence[int], world: int) -> list[list[int]]:
-    """`world` chunks: each index to the chunk that is shortest so far and not full; strided where they cannot be equal."""
+    """`world` chunks: each index to the chunk that is shortest so far and not full; strided where they cannot
+    be equal.
+    """
     if len(indices) % world:
         return [indices[k::world] for k in range(world)]
     room = len(indices) // world

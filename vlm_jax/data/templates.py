@@ -6,8 +6,9 @@
     MPT      {system}<|im_end|>{role}{text}<|im_end|>...              ChatML
     PLAIN    {text}\\n                                                 caption pre-training, no roles at all
 
-A dialogue renders to pieces; a piece knows whether it is answer: what a model has to say after an open prompt (the text, the space
-before it and the terminator behind it). Wordings and quirks are those of haotian-liu/LLaVA v1.2.2 (`llava/conversation.py`).
+A dialogue renders to pieces; a piece knows whether it is answer: what a model has to say after an open prompt
+(the text, the space before it and the terminator behind it). Wordings and quirks are those of
+haotian-liu/LLaVA v1.2.2 (`llava/conversation.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Iterable, NamedTuple, Sequence
 IMAGE_TEXT = "<image>"
 PLACEHOLDER_TEXT = "<image-placeholder>"
 
-Message = str | tuple | None  # text; (text, image, mode) as a web page sends it; None for the turn to be generated
+Message = (
+    str | tuple | None
+)  # text; (text, image, mode) as a web page sends it; None for the turn to be generated
 
 
 class TemplateError(ValueError):
@@ -34,9 +37,11 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """One conversation format. `messages` are built-in example turns, the first `offset` of which are not shown to users.
+    """One conversation format. `messages` are built-in example turns, the first `offset` of which are not
+    shown to users.
 
-    `version` is what training dispatches on (v1*, mpt, anything else: v0); sep2 closes the assistant's turns where it differs.
+    `version` is what training dispatches on (v1*, mpt, anything else: v0); sep2 closes the assistant's turns
+    where it differs.
     """
 
     system: str
@@ -49,34 +54,44 @@ class Template:
     offset: int = 0
 
 
-_CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-         "answers to the {0}'s questions.")
+_CHAT = (
+    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the {0}'s questions."
+)
 _HUMAN, _USER = _CHAT.format("human"), _CHAT.format("user")
-_MMTAG = ("A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual "
-          "content that the user provides, and assist the user with a variety of tasks using natural language.The visual content "
-          "will be provided with the following format: <Image>visual content</Image>.")
-_LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-          "and assist the user with a variety of tasks using natural language.")
-_LLAMA_2 = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
-            "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please "
-            "ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or "
-            "is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a "
-            "question, please don't share false information.")
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural language.The visual content "
+    "will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAVA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
+    "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please "
+    "ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or "
+    "is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a "
+    "question, please don't share false information."
+)
 _EXAMPLE = (
     ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
-    ("Assistant",
-     "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as solar, "
-     "wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be "
-     "depleted, such as coal, oil, and natural gas. Here are some key differences between renewable and non-renewable energy "
-     "sources:\n1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
-     "finite and will eventually run out.\n2. Environmental impact: Renewable energy sources have a much lower environmental "
-     "impact than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative "
-     "effects.\n3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
-     "operational costs than non-renewable sources.\n4. Reliability: Renewable energy sources are often more reliable and can be "
-     "used in more remote locations than non-renewable sources.\n5. Flexibility: Renewable energy sources are often more flexible "
-     "and can be adapted to different situations and needs, while non-renewable sources are more rigid and inflexible.\n6. "
-     "Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and "
-     "their depletion can lead to economic and social instability.\n"),
+    (
+        "Assistant",
+        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as solar, "
+        "wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be "
+        "depleted, such as coal, oil, and natural gas. Here are some key differences between renewable and non-renewable energy "
+        "sources:\n1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+        "finite and will eventually run out.\n2. Environmental impact: Renewable energy sources have a much lower environmental "
+        "impact than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative "
+        "effects.\n3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+        "operational costs than non-renewable sources.\n4. Reliability: Renewable energy sources are often more reliable and can be "
+        "used in more remote locations than non-renewable sources.\n5. Flexibility: Renewable energy sources are often more flexible "
+        "and can be adapted to different situations and needs, while non-renewable sources are more rigid and inflexible.\n6. "
+        "Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and "
+        "their depletion can lead to economic and social instability.\n",
+    ),
 )
 _OLD, _NEW = ("Human", "Assistant"), ("USER", "ASSISTANT")
 _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
@@ -84,7 +99,9 @@ _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 _V0 = Template(_HUMAN, _OLD, "SINGLE", "###", messages=_EXAMPLE, offset=2)
 _V1 = Template(_USER, _NEW, "TWO", " ", "</s>", "v1")
 _PLAIN = Template("", ("", ""), "PLAIN", "\n")
-_CHATML_DIRECT = Template("<|im_start|>system\nAnswer the questions.", _CHATML, "MPT", "<|im_end|>", version="mpt")
+_CHATML_DIRECT = Template(
+    "<|im_start|>system\nAnswer the questions.", _CHATML, "MPT", "<|im_end|>", version="mpt"
+)
 
 TEMPLATES: dict[str, Template] = {
     "default": _V0,
@@ -102,11 +119,22 @@ TEMPLATES: dict[str, Template] = {
     "llava_v1": Template(_HUMAN, _NEW, "TWO", " ", "</s>", "v1"),
     "v1_mmtag": Template(_MMTAG, _NEW, "TWO", " ", "</s>", "v1_mmtag"),
     "llava_llama_2": Template(_LLAVA, _NEW, "LLAMA_2", "<s>", "</s>", "llama_v2"),
-    "mpt": Template("<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
-                    "and honest answers.", _CHATML, "MPT", "<|im_end|>", version="mpt"),
+    "mpt": Template(
+        "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
+        "and honest answers.",
+        _CHATML,
+        "MPT",
+        "<|im_end|>",
+        version="mpt",
+    ),
 }
-_OF_MODEL_NAME = (("llama-2", "llava_llama_2"), ("mistral", "mistral_instruct"), ("v1.6-34b", "chatml_direct"), ("v1", "llava_v1"),
-                  ("mpt", "mpt"))
+_OF_MODEL_NAME = (
+    ("llama-2", "llava_llama_2"),
+    ("mistral", "mistral_instruct"),
+    ("v1.6-34b", "chatml_direct"),
+    ("v1", "llava_v1"),
+    ("mpt", "mpt"),
+)
 
 
 def template(name: str) -> Template:
@@ -117,12 +145,17 @@ def template(name: str) -> Template:
 
 
 def training_template(version: str) -> Template:
-    """What LLaVA's `--version` puts in force: the named template, Vicuna v1 for "v0", "v0.5" and any name it does not know."""
-    return TEMPLATES["vicuna_v1" if version in ("v0", "v0.5") else version if version in TEMPLATES else "vicuna_v1"]
+    """What LLaVA's `--version` puts in force: the named template, Vicuna v1 for "v0", "v0.5" and any name it
+    does not know.
+    """
+    return TEMPLATES[
+        "vicuna_v1" if version in ("v0", "v0.5") else version if version in TEMPLATES else "vicuna_v1"
+    ]
 
 
 def template_of_model(model: str) -> str:
-    """Template name for a model name or path: the first lower-case substring that fits, else llava_v0 (LLaVA's run_llava).
+    """Template name for a model name or path: the first lower-case substring that fits, else llava_v0
+    (LLaVA's run_llava).
 
     >>> template_of_model("liuhaotian/llava-v1.5-7b")
     'llava_v1'
@@ -133,9 +166,11 @@ def template_of_model(model: str) -> str:
 
 
 def with_images(text: str, images: int, start_end: bool = False) -> str:
-    """A question with its image tokens: `<image-placeholder>` replaced in place, else one `<image>` line per image in front.
+    """A question with its image tokens: `<image-placeholder>` replaced in place, else one `<image>` line per
+    image in front.
 
-    A text that has `<image>` already is kept as it is, but for `start_end`, which puts `<im_start>` and `<im_end>` around each.
+    A text that has `<image>` already is kept as it is, but for `start_end`, which puts `<im_start>` and
+    `<im_end>` around each.
     """
     token = f"<im_start>{IMAGE_TEXT}<im_end>" if start_end else IMAGE_TEXT
     if PLACEHOLDER_TEXT in text:
@@ -160,14 +195,19 @@ def render(template: Template, messages: Sequence[tuple[str, Message]]) -> str:
 
 
 def pieces(template: Template, messages: Sequence[tuple[str, Message]]) -> list[Piece]:
-    """The rendered dialogue, cut where answers begin and end (the second, fourth ... message is an answer)."""
-    texts = [(role, message[0] if isinstance(message, tuple) else message, bool(message))
-             for role, message in _image_first(template, messages)]
+    """The rendered dialogue, cut where answers begin and end (the second, fourth ... message is an answer).
+    """
+    texts = [
+        (role, message[0] if isinstance(message, tuple) else message, bool(message))
+        for role, message in _image_first(template, messages)
+    ]
     return [piece for piece in _STYLES[template.style](template, texts) if piece.text]
 
 
 def _image_first(template: Template, messages: Sequence[tuple[str, Message]]) -> list[tuple[str, Message]]:
-    """A first message that comes as (text, image, mode) gets its image token in front, or as an exchange of its own (mmtag)."""
+    """A first message that comes as (text, image, mode) gets its image token in front, or as an exchange of
+    its own (mmtag).
+    """
     messages = list(messages)
     if not messages or not isinstance(messages[0][1], tuple):
         return messages
@@ -204,12 +244,15 @@ def _llama_2(t: Template, texts: list) -> list[Piece]:
     out = []
     for i, (role, text, said) in enumerate(texts):
         if i == 0 and (not said or role != t.roles[0]):
-            raise TemplateError(f"a {t.version} dialogue must begin with a message of {t.roles[0]} that is not empty")
+            raise TemplateError(
+                f"a {t.version} dialogue must begin with a message of {t.roles[0]} that is not empty"
+            )
         if i == 0 and t.system:
             text = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n{text}"
         if said:
             out.append(Piece(f" {text} {t.sep2}", True) if i % 2 else Piece(f"{t.sep}[INST] {text} [/INST]"))
-    # The tokenizer adds BOS, so the original strips the first "<s>" - as a set of characters, which stops at "[INST]" all the same.
+    # The tokenizer adds BOS, so the original strips the first "<s>" - as a set of characters, which stops at
+    # "[INST]" all the same.
     return [Piece(out[0].text.lstrip(t.sep)), *out[1:]] if out and t.sep else out
 
 
@@ -217,7 +260,9 @@ def _plain(t: Template, texts: list) -> list[Piece]:
     out = [Piece(t.system)]
     for i, (_, text, said) in enumerate(texts):
         if said and i % 2 and t.sep2 is None:
-            raise TemplateError("a plain template has no way to close an answer: leave the answer open, or train with it instead")
+            raise TemplateError(
+                "a plain template has no way to close an answer: leave the answer open, or train with it instead"
+            )
         out.append(Piece(text + (t.sep, t.sep2)[i % 2] if said else "", i % 2 == 1))
     return out
 

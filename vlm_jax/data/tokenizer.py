@@ -1,185 +1,63 @@
 """Text to token ids and back, with the characters that every token stands for.
 
-    "USER: <image>\\nHi</s>"  --cut at <image>-->  strings  --cut at added tokens-->  chunks  --model-->  ids and spans
+    "USER: <image>\\nHi</s>"  --cut at <image>-->  strings  --tokenizer model-->  ids and spans
 
-A model is SentencePiece (`tokenizer.model`, with the special tokens split out by us) or a `tokenizer.json` (through `tokenizers`).
-Each string between two images is tokenised afresh, as LLaVA does (`tokenizer_image_token`); HF's processor keeps `<image>` inside one
-string, which is what `encode` does when `<image>` is an added token. A span is (start, end) in characters of the whole text; bytes of
-one character share it, the invisible space before a text is empty, and tokens that stand for no text (BOS, EOS) have NOWHERE.
+A model is SentencePiece or a `tokenizer.json` (`data.tokenizer_models`). Each string between two images is
+tokenised afresh, as LLaVA does (`tokenizer_image_token`); HF's processor keeps `<image>` inside one string,
+which is what `encode` does when `<image>` is an added token. A span is (start, end) in characters of the
+whole text; tokens that stand for no text (BOS, EOS) have NOWHERE.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Iterable, Iterator, Mapping, Sequence
 
 from vlm_jax.config import IMAGE
 from vlm_jax.data.templates import IMAGE_TEXT
+from vlm_jax.data.tokenizer_models import AddedToken, SentencePieceModel, Span, TokenizersModel
 
 NOWHERE = (-1, -1)
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# A protobuf message appended to another is merged into it: this one is {normalizer_spec: {add_dummy_prefix: false}}.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
 _PADDING_ROWS = 1024  # how many more rows than tokens an embedding may have (they are padded to round sizes)
-
-Span = tuple[int, int]
 
 
 class TokenizerError(ValueError):
     """Tokenizer files that cannot be used, or that do not belong to the model."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AddedToken:
-    """A token that is cut out of the text before the model sees it; lstrip / rstrip swallow the white space beside it."""
-
-    text: str
-    id: int
-    special: bool = True
-    lstrip: bool = False
-    rstrip: bool = False
-
-
-class SentencePieceModel:
-    """A SentencePiece model with its special tokens split out of the text, nothing stripped around them.
-
-    legacy: every chunk begins with the invisible space (transformers before the Llama fix, Vicuna <= 1.3); not legacy: only a chunk at
-    the very start of the text does. Measured against transformers 4.37's LlamaTokenizer.
-    """
-
-    def __init__(self, model: bytes, added: Iterable[AddedToken] = (), legacy: bool = True):
-        import sentencepiece  # here, because --help must not wait for it
-
-        self.legacy = legacy
-        self._first = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._inner = self._first if legacy else sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
-        self.pieces = self._first.get_piece_size()
-        controls = (self._first.bos_id(), self._first.eos_id(), self._first.unk_id())
-        known = {self._first.id_to_piece(i): AddedToken(self._first.id_to_piece(i), i) for i in controls if i >= 0}
-        known.update({token.text: token for token in added})
-        self.added = tuple(sorted(known.values(), key=lambda token: token.id))
-        self._by_text = {token.text: token for token in self.added}
-        self._by_id = {token.id: token for token in self.added}
-        self._cut = re.compile("|".join(map(_pattern, sorted(self.added, key=lambda t: -len(t.text)))) or "(?!)")
-
-    @property
-    def content(self) -> bytes:
-        return self._first.serialized_model_proto()
-
-    @property
-    def size(self) -> int:
-        """Ids go from 0 to size - 1."""
-        return max([self.pieces - 1, *self._by_id]) + 1
-
-    def with_tokens(self, tokens: Sequence[AddedToken]) -> "SentencePieceModel":
-        return SentencePieceModel(self.content, (*self.added, *tokens), self.legacy)
-
-    def id_of(self, text: str) -> int | None:
-        if text in self._by_text:
-            return self._by_text[text].id
-        found = self._first.piece_to_id(text)
-        return found if self._first.id_to_piece(found) == text else None
-
-    def encode(self, text: str) -> tuple[list[int], list[Span]]:
-        ids, spans, cursor = [], [], 0
-        for found in self._cut.finditer(text):
-            self._chunk(text, cursor, found.start(), ids, spans)
-            ids.append(self._by_text[found[found.lastindex]].id)
-            spans.append(found.span())
-            cursor = found.end()
-        self._chunk(text, cursor, len(text), ids, spans)
-        return ids, spans
-
-    def _chunk(self, text: str, start: int, end: int, ids: list[int], spans: list[Span]) -> None:
-        if start < end:
-            model = self._first if start == 0 else self._inner
-            coded = model.encode(text[start:end], out_type="offset_mapping")
-            ids += coded["ids"]
-            spans += [(start + a, start + b) for a, b in coded["offsets"]]
-
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        """Inverse of `encode`: the invisible space is taken off where encoding put it."""
-        text, run, at_start = [], [], True
-
-        def flush() -> None:
-            if run:
-                text.append((self._first if at_start else self._inner).decode(run))
-                run.clear()
-
-        for i in ids:
-            token = self._by_id.get(i)
-            if token is None:
-                run.append(i)
-                continue
-            flush()
-            at_start = False
-            text.append("" if token.special and skip_special else token.text)
-        flush()
-        return "".join(text)
-
-
-class TokenizersModel:
-    """A tokenizer.json through the `tokenizers` library, without what its post-processor adds (`prefix` and `suffix` keep that)."""
-
-    legacy = None
-
-    def __init__(self, document: str):
-        import tokenizers
-
-        self._document = document
-        self._model = tokenizers.Tokenizer.from_str(document)
-        self._model.no_padding()
-        self._model.no_truncation()
-        whole, bare = (self._model.encode("a", add_special_tokens=add).ids for add in (True, False))
-        at = next((k for k in range(len(whole)) if whole[k:k + len(bare)] == bare), 0)
-        self.prefix, self.suffix = tuple(whole[:at]), tuple(whole[at + len(bare):])
-        self._model.post_processor = None  # byte-level ones also trim the spaces off the offsets
-        self.added = tuple(AddedToken(t.content, i, t.special, t.lstrip, t.rstrip)
-                           for i, t in sorted(self._model.get_added_tokens_decoder().items()))
-
-    @property
-    def content(self) -> bytes:
-        return self._document.encode()
-
-    @property
-    def size(self) -> int:
-        return max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    def with_tokens(self, tokens: Sequence[AddedToken]) -> "TokenizersModel":
-        document = json.loads(self._document)
-        document["added_tokens"] += [{"id": t.id, "content": t.text, "single_word": False, "lstrip": t.lstrip, "rstrip": t.rstrip,
-                                      "normalized": False, "special": t.special} for t in tokens]
-        return TokenizersModel(json.dumps(document))
-
-    def id_of(self, text: str) -> int | None:
-        return self._model.token_to_id(text)
-
-    def encode(self, text: str) -> tuple[list[int], list[Span]]:
-        coded = self._model.encode(text, add_special_tokens=False)
-        return coded.ids, coded.offsets
-
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self._model.decode(ids, skip_special_tokens=skip_special)
-
-
 class Tokenizer:
-    """A model with its special ids: bos_id, eos_id, unk_id, pad_id (None where there is none), `size` ids, `legacy` (None: not asked).
+    """A model with its special ids: bos_id, eos_id, unk_id, pad_id (None where there is none), `size` ids,
+    `legacy` (None: not asked).
 
-    `prefix` and `suffix` are the ids put around a whole text, for Llama (BOS,) and (). pad_id falls back on unk, then eos.
+    `prefix` and `suffix` are the ids put around a whole text, for Llama (BOS,) and (). pad_id falls back on
+    unk, then eos.
     """
 
-    def __init__(self, model: SentencePieceModel | TokenizersModel, names: Mapping[str, str | None],
-                 prefix: Sequence[int] = (), suffix: Sequence[int] = (), source: str | Path | None = None):
+    def __init__(
+        self,
+        model: SentencePieceModel | TokenizersModel,
+        names: Mapping[str, str | None],
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        source: str | Path | None = None,
+    ):
         self.model, self.names, self.source = model, dict(names), source
         self.prefix, self.suffix = tuple(prefix), tuple(suffix)
         self.bos_id, self.eos_id, self.unk_id, pad = (
-            None if names.get(kind) is None else model.id_of(names[kind]) for kind in ("bos", "eos", "unk", "pad"))
+            None if names.get(kind) is None else model.id_of(names[kind])
+            for kind in ("bos", "eos", "unk", "pad")
+        )
         self.pad_id = next((i for i in (pad, self.unk_id, self.eos_id) if i is not None), None)
 
     @property
@@ -193,14 +71,18 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Hash of all that ids depend on."""
-        return hashlib.sha256(self.model.content + repr((self.model.added, self.legacy, self.prefix, self.suffix)).encode()).hexdigest()
+        return hashlib.sha256(
+            self.model.content + repr((self.model.added, self.legacy, self.prefix, self.suffix)).encode()
+        ).hexdigest()
 
     def id_of(self, text: str) -> int | None:
         """Id of a piece or added token, None if there is no such token."""
         return self.model.id_of(text)
 
     def with_tokens(self, *texts: str) -> "Tokenizer":
-        """A tokenizer that also knows these special tokens, numbered from `size` on; known ones keep their ids."""
+        """A tokenizer that also knows these special tokens, numbered from `size` on; known ones keep their
+        ids.
+        """
         new = [text for text in dict.fromkeys(texts) if self.id_of(text) is None]
         model = self.model.with_tokens([AddedToken(text, self.size + k) for k, text in enumerate(new)])
         return Tokenizer(model, self.names, self.prefix, self.suffix, self.source)
@@ -210,11 +92,15 @@ class Tokenizer:
         return self.encode_spans(text, images=False, special=special)[0]
 
     def encode_images(self, text: str) -> list[int]:
-        """Ids with IMAGE for every `<image>`, each stretch of text between images tokenised as a string of its own."""
+        """Ids with IMAGE for every `<image>`, each stretch of text between images tokenised as a string of
+        its own.
+        """
         return self.encode_spans(text, images=True)[0]
 
     def encode_spans(self, text: str, images: bool, special: bool = True) -> tuple[list[int], list[Span]]:
-        """Ids and their spans in characters of `text`; `images`: `<image>` becomes IMAGE, else it is text like any other."""
+        """Ids and their spans in characters of `text`; `images`: `<image>` becomes IMAGE, else it is text
+        like any other.
+        """
         ids = list(self.prefix) if special else []
         spans, cursor = [NOWHERE] * len(ids), 0
         for k, string in enumerate(text.split(IMAGE_TEXT) if images else [text]):
@@ -230,10 +116,12 @@ class Tokenizer:
         return ids + list(suffix), spans + [NOWHERE] * len(suffix)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of ids. A leading prefix is no text; IMAGE reads `<image>` unless skipped; ids that no token has are passed over."""
+        """Text of ids. A leading prefix is no text; IMAGE reads `<image>` unless skipped; ids that no token
+        has are passed over.
+        """
         ids = [int(i) for i in ids]
-        if self.prefix and tuple(ids[:len(self.prefix)]) == self.prefix:
-            ids = ids[len(self.prefix):]
+        if self.prefix and tuple(ids[: len(self.prefix)]) == self.prefix:
+            ids = ids[len(self.prefix) :]
         out, start = [], 0
         for k in [k for k, i in enumerate(ids) if i == IMAGE] + [len(ids)]:
             out.append(self.model.decode([i for i in ids[start:k] if 0 <= i < self.size], skip_special))
@@ -241,41 +129,61 @@ class Tokenizer:
         return ("" if skip_special else IMAGE_TEXT).join(out)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of each id as it comes; the pieces join to `decode(ids)`. Bytes of an unfinished character wait for the rest."""
+        """Text of each id as it comes; the pieces join to `decode(ids)`. Bytes of an unfinished character
+        wait for the rest.
+        """
         seen, start, done = [], 0, 0
         for i in ids:
             seen.append(int(i))
             before, after = self.decode(seen[start:done]), self.decode(seen[start:])
             if len(after) > len(before) and not after.endswith("\ufffd"):
                 start, done = done, len(seen)
-                yield after[len(before):]
+                yield after[len(before) :]
             else:
                 yield ""
-        yield self.decode(seen[start:])[len(self.decode(seen[start:done])):]
+        yield self.decode(seen[start:])[len(self.decode(seen[start:done])) :]
 
     def save(self, directory: str | Path) -> None:
         """Copy the files this tokenizer was read from into `directory`."""
         if self.source is None or not Path(self.source).is_dir():
-            raise TokenizerError(f"the tokenizer was not read from a directory, so it cannot be written to {directory}")
+            raise TokenizerError(
+                f"the tokenizer was not read from a directory, so it cannot be written to {directory}"
+            )
         for name in FILES:
             if (Path(self.source) / name).exists():
                 shutil.copyfile(Path(self.source) / name, Path(directory) / name)
 
 
-def load_tokenizer(path: str | Path, *, legacy: bool | None = None, added: Sequence[AddedToken] = (), bos: str | None = None,
-                   eos: str | None = None, unk: str | None = None, pad: str | None = None) -> Tokenizer:
-    """The tokenizer of a model directory (tokenizer.json if it holds one, else tokenizer.model) or of one such file.
+def load_tokenizer(
+    path: str | Path,
+    *,
+    legacy: bool | None = None,
+    added: Sequence[AddedToken] = (),
+    bos: str | None = None,
+    eos: str | None = None,
+    unk: str | None = None,
+    pad: str | None = None,
+) -> Tokenizer:
+    """The tokenizer of a model directory (tokenizer.json if it holds one, else tokenizer.model) or of one
+    such file.
 
-    Special tokens, `legacy` and the BOS and EOS habits come from tokenizer_config.json, special_tokens_map.json and
-    added_tokens.json where they are, else they are Llama's; an argument that is given (the token's text) goes before them.
+    Special tokens, `legacy` and the BOS and EOS habits come from tokenizer_config.json,
+    special_tokens_map.json and added_tokens.json where they are, else they are Llama's; an argument that is
+    given (the token's text) goes before them.
     """
     path = Path(path)
-    file = next((path / name for name in FILES[:2] if (path / name).is_file()), None) if path.is_dir() else path
+    file = (
+        next((path / name for name in FILES[:2] if (path / name).is_file()), None) if path.is_dir() else path
+    )
     if file is None or not file.is_file():
-        raise TokenizerError(f"{path} holds no tokenizer.json and no tokenizer.model: copy the tokenizer of the model there")
+        raise TokenizerError(
+            f"{path} holds no tokenizer.json and no tokenizer.model: copy the tokenizer of the model there"
+        )
     settings = _settings(path) if path.is_dir() else {}
     given = {"bos": bos, "eos": eos, "unk": unk, "pad": pad}
-    names = {kind: given[kind] or _content(settings.get(f"{kind}_token", usual)) for kind, usual in _NAMES.items()}
+    names = {
+        kind: given[kind] or _content(settings.get(f"{kind}_token", usual)) for kind, usual in _NAMES.items()
+    }
     if file.suffix == ".json":
         model = _parsed(file, lambda: TokenizersModel(file.read_text(encoding="utf-8")))
         model = model.with_tokens(added) if added else model
@@ -290,23 +198,24 @@ def load_tokenizer(path: str | Path, *, legacy: bool | None = None, added: Seque
 
 
 def check_vocabulary(tokenizer: Tokenizer, llm_vocab: int, where: str = "the model") -> None:
-    """TokenizerError unless every id has a row among the `llm_vocab` embeddings, and hardly more rows exist than ids."""
+    """TokenizerError unless every id has a row among the `llm_vocab` embeddings, and hardly more rows exist
+    than ids.
+    """
     if not tokenizer.size <= llm_vocab <= tokenizer.size + _PADDING_ROWS:
-        raise TokenizerError(f"the tokenizer of {tokenizer.source or 'this run'} has {tokenizer.size} tokens but {where} has "
-                             f"llm.vocab={llm_vocab} embeddings: they do not belong together, use the tokenizer the model came with")
+        raise TokenizerError(
+            f"the tokenizer of {tokenizer.source or 'this run'} has {tokenizer.size} tokens but {where} has "
+            f"llm.vocab={llm_vocab} embeddings: they do not belong together, use the tokenizer the model came with"
+        )
 
 
 def expand_images(tokens: Sequence[int], slots: Sequence[int], token: int) -> list[int]:
-    """Ids as HF's processor gives them: the k-th `token` or IMAGE of the text repeated slots[k] times, as `token`."""
+    """Ids as HF's processor gives them: the k-th `token` or IMAGE of the text repeated slots[k] times, as
+    `token`.
+    """
     out, counts = [], iter(slots)
     for i in tokens:
         out += [token] * next(counts) if i in (token, IMAGE) else [int(i)]
     return out
-
-
-def _pattern(token: AddedToken) -> str:
-    space = r"\s*"
-    return f"{space if token.lstrip else ''}({re.escape(token.text)}){space if token.rstrip else ''}"
 
 
 def _parsed(file: Path, read):
@@ -321,7 +230,9 @@ def _settings(directory: Path) -> dict:
     merged = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            document = _parsed(directory / name, lambda: json.loads((directory / name).read_text(encoding="utf-8")))
+            document = _parsed(
+                directory / name, lambda: json.loads((directory / name).read_text(encoding="utf-8"))
+            )
             merged.update({key: value for key, value in document.items() if value is not None})
     return merged
 
@@ -331,11 +242,15 @@ def _content(token: str | dict | None) -> str | None:
 
 
 def _added_tokens(directory: Path, settings: dict) -> list[AddedToken]:
-    """Added tokens with their ids: added_tokens.json {text: id}, then tokenizer_config's added_tokens_decoder {id: {...}}."""
+    """Added tokens with their ids: added_tokens.json {text: id}, then tokenizer_config's added_tokens_decoder
+    {id: {...}}.
+    """
     tokens = {}
     if (directory / "added_tokens.json").is_file():
         plain = json.loads((directory / "added_tokens.json").read_text(encoding="utf-8"))
         tokens = {text: AddedToken(text, i) for text, i in plain.items()}
     for i, t in settings.get("added_tokens_decoder", {}).items():
-        tokens[t["content"]] = AddedToken(t["content"], int(i), t.get("special", True), t.get("lstrip", False), t.get("rstrip", False))
+        tokens[t["content"]] = AddedToken(
+            t["content"], int(i), t.get("special", True), t.get("lstrip", False), t.get("rstrip", False)
+        )
     return list(tokens.values())

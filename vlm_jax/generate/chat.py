@@ -10,12 +10,11 @@ import dataclasses
 import sys
 from typing import Any, Sequence, TextIO
 
-from vlm_jax.data.images import ImageError, ImageSource
+from vlm_jax.data.images import ImageSource
 from vlm_jax.data.templates import IMAGE_TEXT
 from vlm_jax.generate.decode import Decoding, Generator
-from vlm_jax.generate.load import Loaded, load_model
+from vlm_jax.generate.load import Loaded, load_model, usual_mesh
 from vlm_jax.generate.rows import Picture
-from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 HELP = """/image PATH   show an image with the next message
 /clear        forget the conversation
@@ -23,14 +22,12 @@ HELP = """/image PATH   show an image with the next message
 
 
 def chat(
-    model: str, *, image: Sequence[str] = (), template: str | None = None, dtype: str = "float32", mesh: MeshConfig | None = None,
-    seed: int = 0, **decoding: Any,
-) -> None:  # fmt: skip
-    """Talk on stdin and stdout; `image` files are shown with the first message. decoding: fields of generate.decode.Decoding."""
-    grid = None if mesh is None else make_mesh(mesh)
-    how = Decoding(**decoding)
-    loaded = load_model(model, dtype=dtype, mesh=grid, template_name=template)
-    conversation = Conversation(loaded, loaded.generator(dtype=dtype, mesh=grid, batch_size=1), how, seed)
+    model: str, *, image: Sequence[str] = (), template: str = "", dtype: str = "", seed: int = 0, stop: Sequence[str] = (), **decoding: Any
+) -> None:
+    """Talk on stdin and stdout; `image` files are shown with the first message. decoding: further fields of generate.decode.Decoding."""
+    how, mesh = Decoding(stop=tuple(stop), **decoding), usual_mesh()
+    loaded = load_model(model, dtype=dtype, mesh=mesh, template_name=template)
+    conversation = Conversation(loaded, loaded.generator(dtype=dtype, mesh=mesh, batch_size=1), how, seed)
     for path in image:
         conversation.show(path)
     talk(conversation, sys.stdin, sys.stdout)
@@ -95,5 +92,5 @@ def talk(conversation: Conversation, lines: TextIO, out: TextIO) -> None:
             elif command:
                 conversation.ask(line.strip(), write)
                 write("\n")
-        except (ImageError, ValueError) as error:
+        except ValueError as error:
             write(f"{error}\n")

@@ -21,8 +21,7 @@ from tqdm import tqdm
 from vlm_jax.config import ConfigError
 from vlm_jax.data.images import ImageSource
 from vlm_jax.generate.decode import Decoding, Generator
-from vlm_jax.generate.load import Loaded, load_model
-from vlm_jax.parallel.mesh import MeshConfig, make_mesh
+from vlm_jax.generate.load import Loaded, load_model, usual_mesh
 
 IN_FLIGHT = 4  # batches of questions whose images are in memory together
 
@@ -38,32 +37,30 @@ class Question:
 
 
 def generate(
-    model: str, *, image: Sequence[str] = (), prompt: Sequence[str] = (), questions: str | None = None, image_folder: str = "",
-    answers: str | None = None, template: str | None = None, dtype: str = "float32", mesh: MeshConfig | None = None,
-    batch_size: int = 8, seed: int = 0, model_id: str | None = None, **decoding: Any,
+    model: str, *, image: Sequence[str] = (), prompt: str = "", questions: str = "", image_folder: str = "", out: str = "",
+    template: str = "", dtype: str = "", batch: int = 8, seed: int = 0, stop: Sequence[str] = (), **decoding: Any,
 ) -> None:  # fmt: skip
-    """Print the answer to every `prompt` about all of `image`, or write `answers` (JSONL) to the `questions` file.
+    """Print the answer to `prompt` about all of `image`, or write the answers to the `questions` file to `out` (both JSONL).
 
-    decoding: fields of generate.decode.Decoding (max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop, beams).
+    decoding: further fields of generate.decode.Decoding (max_new_tokens, temperature, top_k, top_p, beams ...).
     """
     if bool(prompt) == bool(questions):
         raise ConfigError("generate needs either --prompt or --questions")
-    if questions and not answers:
-        raise ConfigError("--questions needs --answers, the JSONL file to write")
-    how = Decoding(**decoding)
-    asked = list(read_questions(questions)) if questions else [Question(0, text, tuple(image), "--prompt") for text in prompt]
-    grid = None if mesh is None else make_mesh(mesh)
-    loaded = load_model(model, dtype=dtype, mesh=grid, template_name=template)
-    generator = loaded.generator(dtype=dtype, mesh=grid, batch_size=batch_size)
+    if questions and not out:
+        raise ConfigError("--questions needs --out, the JSONL file for the answers")
+    how = Decoding(stop=tuple(stop), **decoding)
+    asked = list(read_questions(questions)) if questions else [Question(0, prompt, tuple(image), "--prompt")]
+    mesh = usual_mesh()
+    loaded = load_model(model, dtype=dtype, mesh=mesh, template_name=template)
+    generator = loaded.generator(dtype=dtype, mesh=mesh, batch_size=batch)
+    answers = answer(loaded, generator, asked, how, seed, image_folder if questions else "")
     if not questions:
-        for text in answer(loaded, generator, asked, how, seed):
-            print(text, flush=True)
+        print(next(answers))
         return
-    name = model_id or Path(model).resolve().name
-    Path(answers).parent.mkdir(parents=True, exist_ok=True)
-    with open(answers, "w", encoding="utf-8") as file:
-        told = answer(loaded, generator, asked, how, seed, image_folder)
-        for question, text in zip(asked, tqdm(told, total=len(asked), unit="question", file=sys.stderr)):
+    name = Path(model).resolve().name
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", encoding="utf-8") as file:
+        for question, text in zip(asked, tqdm(answers, total=len(asked), unit="question", file=sys.stderr)):
             file.write(json.dumps(answer_line(question, text, name), ensure_ascii=False) + "\n")
             file.flush()
 

@@ -34,7 +34,7 @@ PROMPT_BUCKET, NEW_BUCKET = 64, 16  # smallest row length and smallest room for 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How to choose tokens and when to end. Sampling iff temperature > 0 (then top_k=50 is transformers' default, 0 is off).
+    """How to choose tokens and when to end. Sampling iff temperature > 0; top_k=0 keeps all (transformers' own default is 50).
 
     repetition_penalty divides the positive logits of tokens that were there before, prompt included; `stop` strings end the text
     and are cut off; beams > 1 searches greedily for the best sum of log-probabilities / length**length_penalty.
@@ -42,7 +42,7 @@ class Decoding:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    top_k: int = 50
+    top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()

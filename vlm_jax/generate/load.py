@@ -28,13 +28,19 @@ from vlm_jax.generate.rows import Picture, Prompt
 from vlm_jax.models import vlm
 from vlm_jax.models.vlm import Compute
 from vlm_jax.parallel import rules
+from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 
 # what a chat template says tells which of our templates it is; the order matters
-_OF_CHAT_TEMPLATE = (("<|im_start|>", "chatml_direct"), ("<<SYS>>", "llama_2"), ("[INST]", "mistral_instruct"), ("ASSISTANT", "v1"), ("###", "llava_v0"))
+_OF_CHAT_TEMPLATE = (
+    ("<|im_start|>", "chatml_direct"), ("<<SYS>>", "llama_2"), ("[INST]", "mistral_instruct"), ("ASSISTANT", "v1"), ("###", "llava_v0")
+)  # fmt: skip
 
 
 class Loaded(NamedTuple):
-    """A model directory, read; `eos` are the ids that end an answer, `template` how dialogues are written for it."""
+    """A model directory, read: `template` is how dialogues are written for it, `eos` the ids that end an answer.
+
+    start_end: `<im_start>` and `<im_end>` stand around images.
+    """
 
     config: VLMConfig
     params: dict[str, jax.Array]
@@ -42,6 +48,7 @@ class Loaded(NamedTuple):
     preprocess: Preprocess
     template: Template
     eos: tuple[int, ...]
+    start_end: bool = False
 
     def picture(self, image: ImageSource) -> Picture:
         """An image file as the model sees it; ImageError names it if it is broken."""
@@ -49,7 +56,8 @@ class Loaded(NamedTuple):
 
     def prompt(self, texts: str | Sequence[str], pictures: Sequence[Picture] = ()) -> Prompt:
         """A question, or a dialogue question, answer, ..., question; images in front of it unless the texts place `<image>`."""
-        return Prompt(prompt(texts, self.tokenizer, self.template, images=len(pictures)), tuple(pictures))
+        tokens = prompt(texts, self.tokenizer, self.template, images=len(pictures), start_end=self.start_end)
+        return Prompt(tokens, tuple(pictures))
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -58,14 +66,26 @@ class Loaded(NamedTuple):
         wanted = end and end.strip() and self.tokenizer.id_of(end) not in self.eos
         return (end,) if wanted else ()
 
-    def generator(self, *, dtype: str = "float32", mesh: Mesh | None = None, batch_size: int = 8) -> Generator:
-        """A Generator that computes in `dtype`."""
-        compute = Compute(dtype=dtype, vision_dtype=dtype)
+    def generator(self, *, dtype: str = "", mesh: Mesh | None = None, batch_size: int = 8) -> Generator:
+        """A Generator that computes in `dtype` (default: `usual_dtype`)."""
+        compute = Compute(dtype=dtype or usual_dtype(), vision_dtype=dtype or usual_dtype())
         return Generator(self.config, self.params, self.tokenizer, compute=compute, mesh=mesh, eos=self.eos, batch_size=batch_size)
 
 
-def load_model(directory: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, template_name: str | None = None) -> Loaded:
-    """Read a model directory. dtype: how parameters are stored (default: as in the files); template_name: default `template_for`.
+def usual_dtype() -> str:
+    """bfloat16 on accelerators, float32 on CPU."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def usual_mesh() -> Mesh | None:
+    """All accelerators along the tensor axis, so that a decoding step moves activations and not weights; None for one device."""
+    if jax.default_backend() == "cpu" or jax.device_count() == 1:
+        return None
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1))
+
+
+def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = None, template_name: str = "") -> Loaded:
+    """Read a model directory. dtype: of the parameters on the devices (default: `usual_dtype`); template_name: default `template_for`.
 
     Under a mesh every device reads only its slice of each parameter.
     """
@@ -75,9 +95,11 @@ def load_model(directory: str | Path, *, dtype: str | None = None, mesh: Mesh | 
     checkpoint = open_checkpoint(directory)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, checkpoint.config.llm.vocab, str(directory))
-    name = template_name or template_for(directory)
-    params = place(checkpoint, jnp.dtype(dtype or checkpoint.dtype), mesh)
-    return Loaded(checkpoint.config, params, tokenizer, Preprocess.of(checkpoint.config), template(name), eos_of(checkpoint, tokenizer))
+    written = template(template_name or template_for(directory))
+    params = place(checkpoint, jnp.dtype(dtype or usual_dtype()), mesh)
+    start_end = bool(checkpoint.raw.get("mm_use_im_start_end", False))
+    config = checkpoint.config
+    return Loaded(config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end)
 
 
 def place(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:
@@ -113,11 +135,11 @@ def _chat_template(directory: Path) -> str:
     return ""
 
 
-def eos_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer."""
+def eos_of(checkpoint: Checkpoint, tokenizer_eos: int | None = None) -> tuple[int, ...]:
+    """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer's."""
     file = checkpoint.directory / "generation_config.json"
     stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    for ids in (stated, checkpoint.tokens.get("eos_token_id"), tokenizer.eos_id):
+    for ids in (stated, checkpoint.tokens.get("eos_token_id"), tokenizer_eos):
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)
     return ()

@@ -11,8 +11,12 @@ from typing import Sequence
 
 import numpy as np
 
-from vlm_jax.config import IMAGE, ConfigError, VLMConfig
+from vlm_jax.config import IMAGE, UserError, VLMConfig
 from vlm_jax.models.slots import NEWLINE, slots_of_views
+
+
+class PromptError(UserError):
+    """A prompt that the model cannot take; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +56,21 @@ class Placed:
 
 
 def place(prompt: Prompt, config: VLMConfig, name: str = "the prompt") -> Placed:
-    """Lay a prompt out in slots; ValueError names it where images and placeholders differ or an id has no embedding."""
+    """Lay a prompt out in slots; PromptError names it where images and placeholders differ or an id has no embedding."""
     tokens = np.asarray(prompt.tokens, np.int64)
     where = np.flatnonzero(tokens == IMAGE)
     text = tokens[tokens != IMAGE]
     if not len(tokens):
-        raise ValueError(f"{name} is empty: it needs at least one token")
+        raise PromptError(f"{name} is empty: it needs at least one token")
     if len(where) != len(prompt.images):
-        raise ValueError(f"{name} has {len(where)} image placeholders but {len(prompt.images)} images")
+        raise PromptError(f"{name} has {len(where)} image placeholders but {len(prompt.images)} images")
     if len(text) and not 0 <= text.min() <= text.max() < config.llm.vocab:
         wrong = int(text[(text < 0) | (text >= config.llm.vocab)][0])
-        raise ValueError(f"{name} has the token id {wrong}, but the model has llm.vocab={config.llm.vocab} embeddings")
+        raise PromptError(f"{name} has the token id {wrong}, but the model has llm.vocab={config.llm.vocab} embeddings")
     S, parts, first = config.vision.image_size, [], 0
     for picture in prompt.images:
         if picture.views.ndim != 4 or picture.views.shape[1:] != (S, S, 3):
-            raise ValueError(f"{name} has an image of shape {picture.views.shape}, but the model reads [views, {S}, {S}, 3]")
+            raise PromptError(f"{name} has an image of shape {picture.views.shape}, but the model reads [views, {S}, {S}, 3]")
         relative = slots_of_views(len(picture.views), *picture.size, config)
         parts.append(np.where(relative == NEWLINE, NEWLINE, relative + first * config.vision.features))
         first += len(picture.views)
@@ -98,7 +102,7 @@ def power_of_two(n: int) -> int:
 def batch_of(placed: Sequence[Placed], config: VLMConfig, rows: int, slots: int, views: int) -> dict[str, np.ndarray]:
     """Rows [rows, slots] with the prompts at their right ends; further rows are padding. Without any view: no "images" key."""
     if max(map(len, placed)) > slots or max(p.prompt.views for p in placed) > views or len(placed) > rows:
-        raise ConfigError(f"{len(placed)} prompts do not fit into {rows} rows of {slots} slots and {views} views")
+        raise PromptError(f"{len(placed)} prompts do not fit into {rows} rows of {slots} slots and {views} views")
     batch = {key: np.zeros((rows, slots), np.int32) for key in ("tokens", "image_slots", "segments", "positions")}
     batch["image_slots"] -= 1
     newline = views * config.vision.features
@@ -116,7 +120,7 @@ def _images(placed: Sequence[Placed], rows: int, views: int, size: int) -> np.nd
     """[rows, views, S, S, 3], uint8 if every picture is; rows with fewer views end in zeros."""
     pixels = {picture.views.dtype == np.uint8 for one in placed for picture in one.prompt.images}
     if len(pixels) > 1:
-        raise ValueError("one batch has images in uint8 pixels and in normalised floats: give all of them in one way")
+        raise PromptError("one batch has images in uint8 pixels and in normalised floats: give all of them in one way")
     images = np.zeros((rows, views, size, size, 3), np.uint8 if pixels.pop() else np.float32)
     for r, one in enumerate(placed):
         first = 0

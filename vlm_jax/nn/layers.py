@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.nn.params import normal, ones, param, zeros
+from vlm_jax.parallel.rules import shard
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -45,7 +46,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """tokens [B, T] -> [B, T, D]."""
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        table = shard(self.embedding[...], "vocab", None)  # whole rows: a gather of split rows would be replicated first
+        return jnp.take(table, tokens, axis=0).astype(dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -115,7 +115,7 @@ def _start(
     if checkpoints.latest() is None:
         return states.create(model, config, source), None, 0
     state, meta = checkpoints.restore(states.abstract(model, config))
-    hosts.say(f"going on after step {meta['step']}, from {checkpoints.folder}")
+    hosts.say(f"the checkpoint of step {meta['step']} is read from {checkpoints.folder}")
     before, now = meta["config"].get("train", {}), json.loads(json.dumps(saved_config.get("train", {})))
     for key in sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
         hosts.say(f"train.{key} was {before[key]!r} when the checkpoint was saved and is {now[key]!r} now")
