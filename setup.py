@@ -28,7 +28,7 @@ setup(
         "absl-py>=2.1",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "safetensors>=0.6",
         "einops>=0.8",
         "numpy>=2.0",

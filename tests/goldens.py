@@ -29,7 +29,8 @@ def needs_shared(relative: str) -> Path:
     path = SHARED / relative
     if not path.exists():
         pytest.skip(
-            f"{relative} belongs to another project and is not in this repository; set VLM_JAX_SHARED to the folder that has it"
+            f"{relative} belongs to another project and is not in this repository; "
+            "set VLM_JAX_SHARED to the folder that has it"
         )
     return path
 

@@ -1,6 +1,4 @@
-"""The order of batches: the same from any step, on any number of hosts, over epochs; refused when the data
-changed.
-"""
+"""The order of batches is the same from any step and on any number of hosts; changed data is refused."""
 
 import json
 

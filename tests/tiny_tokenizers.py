@@ -9,9 +9,9 @@ import sentencepiece
 import tokenizers
 
 TEXT = (
-    "A chat between a curious user and an artificial intelligence assistant. USER: What is shown in the image? ASSISTANT: A man "
-    "ironing clothes on the back of a taxi. Human: Is it sunny? Assistant: No, it is snowing. [INST] <<SYS>> [/INST] "
-    "<|im_start|>system\nThe battery is at 62%.<|im_end|> 1. a\n2. b\n"
+    "A chat between a curious user and an artificial intelligence assistant. USER: What is shown in the "
+    "image? ASSISTANT: A man ironing clothes on the back of a taxi. Human: Is it sunny? Assistant: No, it "
+    "is snowing. [INST] <<SYS>> [/INST] <|im_start|>system\nThe battery is at 62%.<|im_end|> 1. a\n2. b\n"
 )
 CHATML = ("<|im_start|>", "<|im_end|>")
 

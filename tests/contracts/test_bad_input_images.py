@@ -1,6 +1,4 @@
-"""Contract 10, images: missing, truncated, foreign and absurd files each give one sentence; a run skips and
-counts up to a limit.
-"""
+"""Contract 10, images: every broken file gives one sentence; a run skips and counts them up to a limit."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Contract 4, the plan: every sample once per epoch, no budget exceeded, a pure function of (lengths, seed,
-epoch).
-"""
+"""Contract 4, the plan: every sample once per epoch, within the budgets, a pure function of its arguments."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,4 @@
-"""Image preprocessing against LLaVA and HF's CLIP processor: recorded pixels (bit-equal) and anyres geometry.
-"""
+"""Image preprocessing against LLaVA and HF processors: pixels (bit-equal) and anyres geometry."""
 
 import json
 

@@ -1,24 +1,40 @@
 """The body of `python -m vlm_jax convert`: one model directory in, another out, streaming.
 
-    convert --from LLAVA_DIR --to HF_DIR [--dtype bf16] [--names hf|source|llava] [--max_shard 5GB]
+    convert --from LLAVA_DIR --to HF_DIR [--dtype bfloat16] [--names hf|source|llava] [--max_shard 5GB]
     convert --from VICUNA_DIR --vision CLIP_DIR --projector mm_projector.bin --to HF_DIR
+    convert --from LLAVA_DIR --to mm_projector.bin
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import sys
 from pathlib import Path
-from typing import Callable
+
+from tqdm import tqdm
 
 from vlm_jax.convert.read import Checkpoint, open_checkpoint
-from vlm_jax.convert.tensors import CheckpointError
+from vlm_jax.convert.tensors import DTYPES, CheckpointError
 from vlm_jax.convert.write import export, export_projector
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LONG_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
-def main(
+def convert(**flags: str) -> int:
+    """The command, called with its flags (`from`, `to`, ...; "" = not given); returns the exit code."""
+    flags = {name: value for name, value in flags.items() if value not in ("", None)}
+    if "from" not in flags:
+        raise CheckpointError("convert needs --from: the LLaVA directory, or the language model of one put together with --vision")
+    source, target = flags.pop("from"), flags.pop("to")
+    checkpoint = convert_model(source, target, **flags)
+    print(f"{target}: {checkpoint.kind} model of {source}, {sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values()) / 1e6:.1f} M parameters")
+    return 0
+
+
+def convert_model(
     source: str,
     target: str,
     *,
@@ -30,31 +46,51 @@ def main(
     names: str = "hf",
     max_shard: str | int = "5GB",
     tower: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Checkpoint:
-    """Convert `source` (--from) to `target` (--to); a target ending in .bin takes the projector alone.
+    """Convert directory `source` to `target`; a target ending in .bin takes the projector alone.
 
-    Parts given apart replace those of `source`. Returns the checkpoint that was read; errors are CheckpointError, one sentence each.
+    Parts given apart replace those of `source`; `tower` is what an original config.json names as mm_vision_tower. Returns the checkpoint
+    that was read; errors are CheckpointError, one sentence each.
     """
+    source = _model_directory(Path(source))
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another directory")
+    dtype = LONG_NAMES.get(dtype, dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"--dtype={dtype} is unknown: use {', '.join(LONG_NAMES)}")
     checkpoint = open_checkpoint(source, vision=vision, llm=llm, projector=projector)
     if Path(target).suffix == ".bin":
         export_projector(target, checkpoint.config, checkpoint.leaves, dtype)
         return checkpoint
-    export(
-        target,
-        checkpoint.config,
-        checkpoint.leaves,
-        names=names,
-        dtype=dtype,
-        max_shard=parse_size(max_shard),
-        source=checkpoint,
-        tokenizer=tokenizer,
-        tower=tower or (checkpoint.raw.get("mm_vision_tower") if checkpoint.kind == "llava" else vision),
-        progress=progress,
-    )
+    named = checkpoint.raw.get("mm_vision_tower") if checkpoint.kind == "llava" else None
+    with tqdm(unit="B", unit_scale=True, desc="writing", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        export(
+            target,
+            checkpoint.config,
+            checkpoint.leaves,
+            names=names,
+            dtype=dtype,
+            max_shard=parse_size(max_shard),
+            source=checkpoint,
+            tokenizer=tokenizer,
+            tower=tower or vision or named,
+            progress=progress,
+        )
     return checkpoint
+
+
+def _model_directory(source: Path) -> Path:
+    """`source` itself, or the export of a training run."""
+    if (source / "config.json").is_file() or not (source / "checkpoints").is_dir():
+        return source
+    if (source / "export" / "config.json").is_file():
+        return source / "export"
+    raise CheckpointError(f"{source} is a training run without an export: start it again with the same config, a finished run writes one")
 
 
 def parse_size(text: str | int) -> int:

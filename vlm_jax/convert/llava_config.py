@@ -137,6 +137,7 @@ def known_tower(vision: VisionConfig) -> str | None:
     """Hub name of the known tower with the sizes of `vision`, if there is one."""
     for name, raw in KNOWN_TOWERS.items():
         known = vision_from_hf(raw, name, vision.feature_layers, "full")
-        if dataclasses.replace(known, select=vision.select, mean=vision.mean, std=vision.std, pooler_head=vision.pooler_head) == vision:
+        same = ("kind", "image_size", "patch_size", "width", "layers", "heads", "mlp", "act", "eps")
+        if all(getattr(known, field) == getattr(vision, field) for field in same):
             return ("openai/" if vision.kind == "clip" else "google/") + name
     return None

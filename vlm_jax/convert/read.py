@@ -87,7 +87,7 @@ def open_checkpoint(
     vision = vision or (_named_tower(raw, main) if kind == "llava" else None)
     sources: dict[str, Path | None] = {"tower": vision and Path(vision), "llm": llm and Path(llm), "projector": projector and Path(projector)}
     pool, found = _collect(main, sources)
-    wanted = config or _assemble(kind, raw, main, sources, found)
+    wanted = config or _assemble(kind, raw, main, sources, found, partial)
     if config is None:
         has_head = any(room == "tower" and key.startswith("head.") for room, key in pool)
         wanted = dataclasses.replace(wanted, vision=dataclasses.replace(wanted.vision, pooler_head=has_head))
@@ -168,14 +168,16 @@ def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict
     return pool, found
 
 
-def _assemble(kind: str, raw: dict, main: Path, sources: Mapping[str, Path | None], found: Mapping[str, list[str]]) -> VLMConfig:
-    """The config of the combined model."""
+def _assemble(
+    kind: str, raw: dict, main: Path, sources: Mapping[str, Path | None], found: Mapping[str, list[str]], partial: bool
+) -> VLMConfig:
+    """The config of the combined model; a tower that is nowhere has the default sizes if `partial`."""
     where = str(main / "config.json")
     tower = read_vision_directory(sources["tower"]) if sources["tower"] else None
     if kind == "llm":
-        if tower is None:
-            raise CheckpointError(f"{main} is a language model: give a vision tower with --vision, and a projector with --projector if there is one")
-        config = VLMConfig(vision=tower, llm=llm_from_hf(raw, where))
+        if tower is None and not partial:
+            raise CheckpointError(f"{main} is a language model: give a vision tower with --vision, and a projector with --projector")
+        config = VLMConfig(vision=tower or VisionConfig(), llm=llm_from_hf(raw, where))
     elif kind == "llava":
         config = vlm_from_llava(raw, where, tower, main)
     else:

@@ -120,7 +120,7 @@ def write_file(path: Path, tensors: Iterable[Planned], progress: Callable[[int],
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.read())
+            values = np.asarray(tensor.read(), order="C")
             if values.shape != tensor.shape or values.dtype != tensor.dtype:
                 raise CheckpointError(
                     f"tensor {tensor.name} was announced as {tensor.dtype} {tensor.shape} but is {values.dtype} {values.shape}"

@@ -18,6 +18,8 @@ from typing import Callable, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
+from vlm_jax.config import UserError
+
 Index = tuple[slice, ...]
 
 DTYPES = {
@@ -28,7 +30,7 @@ DTYPES = {
 TORCH_NAMES = {DTYPES["f32"]: "float32", DTYPES["f16"]: "float16", DTYPES["bf16"]: "bfloat16"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names the file and what to do."""
 
 
@@ -63,7 +65,8 @@ class Layout:
             return np.ascontiguousarray(tensor.read((index[1], index[0])).T)
         if self.kind == "patch":
             rows = tensor.read((index[1], *full(tensor.shape[1:])))
-            return np.ascontiguousarray(rows.transpose(2, 3, 1, 0).reshape(-1, rows.shape[0])[index[0]])
+            pixels = math.prod(tensor.shape[1:])
+            return np.ascontiguousarray(rows.transpose(2, 3, 1, 0).reshape(pixels, len(rows))[index[0]])
         if self.kind == "vector":
             return tensor.read((*full(tensor.shape[:-1]), *index)).reshape(-1)
         return tensor.read(index)

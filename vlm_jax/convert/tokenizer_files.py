@@ -21,12 +21,11 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """Files to write (name -> bytes), the ids of the image and pad tokens, and one more than the largest id."""
+    """Files to write (name -> bytes), the id of the image token, and those of config.json (bos_token_id, eos_token_id, pad_token_id)."""
 
     files: dict[str, bytes]
     image_token: int
-    pad_token: int
-    size: int
+    tokens: dict[str, int]
 
 
 def for_export(directory: Path) -> TokenizerFiles:
@@ -45,11 +44,13 @@ def for_export(directory: Path) -> TokenizerFiles:
     pad_text = _text(settings.get("pad_token"))
     if pad_text is None or pad_text == _text(settings.get("unk_token")) or _find(document, pad_text) is None:
         pad_text = PAD_TEXT
-    pad = _add(document, pad_text)
+    _add(document, pad_text)
     files = {name: (directory / name).read_bytes() for name in ("tokenizer.model",) if (directory / name).is_file()}
     files["tokenizer.json"] = _json(document)
-    files["tokenizer_config.json"] = _json(_settings(settings, document, pad_text))
-    return TokenizerFiles(files, image, pad, max(_ids(document).values()) + 1)
+    made = _settings(settings, document, pad_text)
+    files["tokenizer_config.json"] = _json(made)
+    tokens = {f"{kind}_token_id": _find(document, made[f"{kind}_token"]) for kind in ("bos", "eos", "pad") if f"{kind}_token" in made}
+    return TokenizerFiles(files, image, tokens)
 
 
 def _settings(old: dict[str, Any], document: dict, pad_text: str) -> dict[str, Any]:
@@ -122,20 +123,19 @@ def from_sentencepiece(model: bytes, where: Path, settings: dict[str, Any]) -> d
     legacy = settings.get("legacy", True) is not False
     unknown = pieces.id_to_piece(pieces.unk_id())
     added = [_added(i, pieces.id_to_piece(i)) for i in range(count) if pieces.is_control(i) or pieces.is_unknown(i)]
-    for number, token in sorted((int(k), v) for k, v in settings.get("added_tokens_decoder", {}).items()):
+    stated = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
+    if (where / "added_tokens.json").is_file():
+        stated = {number: {"content": text} for text, number in read_json(where / "added_tokens.json").items()} | stated
+    for number, token in sorted(stated.items()):
         if all(known["id"] != number for known in added):
             added.append({**_added(number, token["content"]), **{k: token[k] for k in ("lstrip", "rstrip", "special") if k in token}})
     bos = pieces.id_to_piece(pieces.bos_id())
-    prepend = {"type": "Sequence", "normalizers": [
-        {"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}  # fmt: skip
-    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": prepend if legacy else None,
-        "pre_tokenizer": None if legacy else metaspace,
+        **_spaces(legacy),
         "post_processor": _starts_with(bos, pieces.bos_id()),
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -146,6 +146,23 @@ def from_sentencepiece(model: bytes, where: Path, settings: dict[str, Any]) -> d
             "vocab": {pieces.id_to_piece(i): i for i in range(count)}, "merges": _merges(ranks),
         },
     }  # fmt: skip
+
+
+def _spaces(legacy: bool) -> dict[str, Any]:
+    """Spaces made visible and the invisible space put in front: of every piece of text (legacy), or of the text alone.
+
+    Metaspace leaves a text alone that starts with its replacement; with a blank as replacement, when every blank is visible already, it
+    never does.
+    """
+    visible = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if legacy:
+        prepend = {"type": "Prepend", "prepend": SPACE}
+        return {"normalizer": {"type": "Sequence", "normalizers": [prepend, visible]}, "pre_tokenizer": None}
+    steps = [
+        {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
+        for replacement, scheme in ((" ", "first"), (SPACE, "never"))
+    ]
+    return {"normalizer": visible, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
 
 def _merges(ranks: dict[str, float]) -> list[list[str]]:

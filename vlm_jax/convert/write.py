@@ -209,9 +209,9 @@ def _with_special_tokens(
 ) -> tuple[VLMConfig, int, dict[str, Any]]:
     """The config with rows for the image and pad tokens, padded as the published checkpoints are, and the ids."""
     if extra is not None:
-        tokens = {**tokens, "pad_token_id": extra.pad_token}
+        tokens = {**extra.tokens, **tokens, "pad_token_id": extra.tokens["pad_token_id"]}
     image_token = config.llm.vocab if image_token is None else image_token
-    rows = max(image_token + 1, (tokens.get("pad_token_id") or 0) + 1)
+    rows = max(image_token, tokens.get("pad_token_id") or 0) + 1
     if rows > config.llm.vocab:
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=-(-rows // ROUND) * ROUND))
     return config, image_token, tokens

@@ -187,7 +187,7 @@ def content_box(width: int, height: int, target: tuple[int, int]) -> tuple[int, 
 
 
 def normalise(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """uint8 [..., 3] -> float32 [..., 3] in HF's order: x * (1/255) in float64, cast, then (x - mean) / std."""
+    """uint8 [..., 3] -> float32 [..., 3] in HF's order: x * (1/255) in float64, cast, (x - mean) / std."""
     x = (views * (1 / 255)).astype(np.float32)
     return (x - np.float32(mean)) / np.float32(std)
 
@@ -228,7 +228,7 @@ def read_processor(folder: str | Path) -> Preprocess | None:
 
 
 def preprocess_of(read: Mapping[str, Any], where: str) -> Preprocess:
-    """Preprocess from an HF image processor's dictionary; ConfigError names `where` if we do not compute it."""
+    """Preprocess from an HF image processor's dictionary; ConfigError names `where` if it is another."""
     siglip = "siglip" in str(read.get("image_processor_type", read.get("feature_extractor_type", ""))).lower()
     size = read.get("size", 224)
     squash = siglip or (isinstance(size, dict) and "height" in size and not read.get("do_center_crop", False))

@@ -1,10 +1,10 @@
-"""The supervision masks of haotian-liu/LLaVA v1.2.2 (`llava/train/train.py`), counts of re-tokenised pieces,
-quirks included.
+"""The supervision masks of haotian-liu/LLaVA v1.2.2 (`llava/train/train.py`), quirks included.
 
-    v1, llama_2   round = text between terminators;  instruction = round up to the answer
-                  supervise [cur + n(instruction) - 2, cur + n(round)),  cur += n(round)        (n counts BOS in place of the terminator)
-    mpt           the same from 0 with n(instruction) - 1: the terminator is never counted, so almost every sample is lost
-    v0            n(header), then every turn; human turns are masked but for two tokens, boundaries drift by one BOS per piece
+    n(string)     tokens of a piece of the text tokenised alone, its BOS counted for the terminator before it
+    v1, llama_2   round = text between terminators, instruction = round up to the answer
+                  supervise [cursor + n(instruction) - 2, cursor + n(round)), then cursor += n(round)
+    mpt           the same with n(instruction) - 1; no terminator is counted, so nearly all samples are lost
+    v0            n(header), then each turn; human turns masked but for two tokens; each BOS shifts the rest
     plain         all but the image
 
 A sample whose counts do not add up to its length loses all its labels (the original warns). `data.tasks` has
@@ -33,9 +33,7 @@ def supervised(
     has_image: bool,
     max_length: int | None,
 ) -> np.ndarray:
-    """bool [n]: the tokens that the original gives a label. `text` is the training text that `tokens` int32
-    [n] came from.
-    """
+    """bool [n]: the tokens that the original gives a label. `tokens` int32 [n] are those of `text`."""
 
     def count(string: str) -> int:
         return len(tokenizer.encode_images(string) if has_image else tokenizer.encode(string))
@@ -49,10 +47,8 @@ def supervised(
     marked = said.copy()
     counted = (_mpt if template.style == "MPT" else _two)(marked, template, text, tokenizer, count)
     marked[counted:] = False
-    unchecked = (
-        max_length is not None and counted >= max_length
-    )  # the original takes this for a truncated sample
-    mismatch = not unchecked and counted != int((tokens != tokenizer.pad_id).sum())
+    cut = max_length is not None and counted >= max_length  # what the original takes for a truncated sample
+    mismatch = not cut and counted != int((tokens != tokenizer.pad_id).sum())
     return ~said if mismatch else marked
 
 
@@ -66,8 +62,7 @@ def _two(marked: np.ndarray, template: Template, text: str, tokenizer: Tokenizer
         parts = turn.split(separator)
         if len(parts) != 2:
             break
-        # Behind </s> a tokenizer that is not legacy writes USER without the invisible space: one piece fewer
-        # than counted alone.
+        # Behind </s> a tokenizer that is not legacy writes USER without the invisible space, one piece less.
         shorter = int(v1 and k > 0 and tokenizer.legacy is False)
         marked[cursor : cursor + count(parts[0] + separator) - 2 - shorter] = False
         cursor += count(turn) - shorter
@@ -99,9 +94,7 @@ def _v0(
     count: Count | None,
     max_length: int | None,
 ) -> np.ndarray:
-    """Human turns less two tokens; text-only pieces (count None) are cut to max_length and their pad ids are
-    not counted.
-    """
+    """Masks human turns but for two tokens; text-only pieces (count None) are cut, pad ids not counted."""
 
     def length(string: str) -> int:
         if count is not None:

@@ -66,7 +66,7 @@ class Layout:
         views = [views_of_image(*size, self.config) for size in sizes[:count]]
         if sum(views) > self.view_budget:
             raise TooLong(
-                f"{name} has {sum(views)} image views, but data.view_budget={self.view_budget} a row"
+                f"{name} has {sum(views)} image views, but data.views_per_row={self.view_budget}"
             )
         return expand(kept, slots[:count], views, self.config.vision.features), count, sum(views)
 

@@ -1,5 +1,4 @@
-"""LLaVA training files: dialogues about images as JSON (one list) or JSONL (one record per line), checked one
-record at a time.
+"""LLaVA training files: dialogues about images as JSON (one list) or JSONL (one record per line).
 
     {"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                          {"from": "gpt", "value": "A cat."}]}
@@ -30,9 +29,7 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One dialogue: `turns` alternate between "human" and "gpt"; `images` are full paths in order; `where`
-    names file and record.
-    """
+    """A dialogue: turns, human and gpt alternating; full image paths in order; `where` for messages."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -41,10 +38,9 @@ class Record:
 
 
 class Records(Sequence[Record]):
-    """A file of records, random access. A record is checked when it is asked for: RecordError leaves the
-    others usable.
+    """A file of records, random access: JSONL by byte offsets found once, a JSON list held in memory.
 
-    JSONL is read by byte offsets found once; a JSON list is held in memory.
+    A record is checked when it is asked for, so that a RecordError leaves the others usable.
     """
 
     def __init__(self, path: str | Path, image_folder: str | Path | None = None):
@@ -96,9 +92,7 @@ class Records(Sequence[Record]):
 
 
 def record_of(raw, index: int, path: str | Path = "data", image_folder: str | Path | None = None) -> Record:
-    """Check one parsed record. RecordError says in one sentence which file, which record and what is wrong
-    with it.
-    """
+    """A parsed record, checked: RecordError says in one sentence what is wrong where."""
     if not isinstance(raw, dict):
         raise RecordError(
             f"{path}: record {index} is {type(raw).__name__}, not an object with `conversations`"
@@ -107,12 +101,11 @@ def record_of(raw, index: int, path: str | Path = "data", image_folder: str | Pa
     turns = _turns(raw.get("conversations"), where)
     images = _images(raw.get("image"), where)
     shown = [text.count(IMAGE_TEXT) for _, text in turns if IMAGE_TEXT in text]
-    # LLaVA collapses several <image> of one turn into one, so a single image may be named more than once
-    # there.
+    # LLaVA makes one image of several <image> in a turn, so a single image may be named more than once there.
     if len(images) != (len(shown) if len(images) == 1 else sum(shown)):
         raise RecordError(
-            f"{where} has {len(images)} image(s) but {sum(shown)} {IMAGE_TEXT} in its conversations: each image needs "
-            "exactly one"
+            f"{where} has {len(images)} image(s) but {sum(shown)} {IMAGE_TEXT} in its conversations: "
+            "each image needs exactly one"
         )
     folder = os.fspath(image_folder) if image_folder is not None else ""
     return Record(
@@ -134,7 +127,7 @@ def _turns(conversations, where: str) -> tuple[Turn, ...]:
             )
         if turns and turns[-1][0] == ROLES[speaker]:
             raise RecordError(
-                f"{where} has its roles out of order: turn {k} is again {speaker}, human and gpt must alternate"
+                f"{where} has its roles out of order: turn {k} is again {speaker}, but they must alternate"
             )
         try:
             turn["value"].encode()

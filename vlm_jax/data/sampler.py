@@ -1,9 +1,9 @@
 """LLaVA's `group_by_modality_length`: mega-batches of samples of like length, images and text-only apart.
 
-    lengths   +words of a record with an image, -words of one without                  (whitespace-separated words of all turns)
+    lengths   +words of a record with an image, -words of one without (all turns, split at white space)
     world     devices x gradient accumulation steps;  mega = world * batch samples are one optimizer step
-    epoch     [mega of images] [mega of text] ... shuffled, then the left-overs of both; inside a mega-batch longest first,
-              dealt to `world` chunks of equal count and about equal length
+    epoch     [mega of images] [mega of text] ... shuffled, then the left-overs of both;
+              inside a mega-batch longest first, dealt to `world` chunks of equal count and about equal length
 
 From haotian-liu/LLaVA v1.2.2 (`llava/train/llava_trainer.py`). Packing makes this order unnecessary; it
 serves runs that are to be reproduced. Random permutations come from outside, so that recorded ones can be
@@ -41,7 +41,7 @@ def group_by_modality_length(lengths: Sequence[int], batch: int, world: int, per
     """
     if 0 in lengths:
         raise ValueError(
-            f"record {list(lengths).index(0)} has no words: group_by_modality_length cannot tell its kind by a length of 0"
+            f"record {list(lengths).index(0)} has no words, its length cannot tell text from images: drop it"
         )
     if all(n > 0 for n in lengths) or all(n < 0 for n in lengths):
         return group_by_length(lengths, batch, world, permute)

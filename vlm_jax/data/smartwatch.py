@@ -8,20 +8,18 @@ Layout of a picture (224 x 224 RGB, white), after the data set of arXiv 2505.230
 Everything follows from one integer seed: attributes and texts are drawn from `random.Random(seed)` in a fixed order.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-import json
 import math
-import multiprocessing
-import os
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from vlm_jax.data import smartwatch_icons, smartwatch_text
+from vlm_jax.config import UserError, one_of
+from vlm_jax.data import smartwatch_icons
 
 SIZE = 224
 CENTRE = 112
@@ -33,7 +31,6 @@ HANDS = (("hour", 0.5, 6), ("minute", 0.7, 4), ("second", 0.9, 2))  # name, leng
 MESH_STEP = 5
 NOISE_LEVELS = 20
 WHITE = (255, 255, 255)
-CHUNK = 64  # pictures that one worker draws at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,7 @@ def hand_ends(watch: Watch) -> list[tuple[float, float]]:
 def battery_font() -> ImageFont.FreeTypeFont:
     """Pillow's built-in Aileron Regular at size 10; only a Pillow with FreeType (from 10.1 on) has it."""
     if not features.check("freetype2"):
-        raise RuntimeError("The battery text needs a Pillow built with FreeType: install Pillow >= 10.1 from a wheel.")
+        raise UserError("the battery text needs Pillow with FreeType: reinstall it with `pip install --force-reinstall pillow`")
     return ImageFont.load_default(size=10)
 
 
@@ -99,6 +96,7 @@ def _face_mask() -> Image.Image:
 
 def _material(watch: Watch, seed: int) -> Image.Image:
     """The face's material on the whole canvas: RGBA, alpha 255."""
+    one_of("material", watch.material, MATERIALS)
     if watch.material == "pure":
         return Image.new("RGBA", (SIZE, SIZE), (*watch.material_color, 255))
     colour = np.array(watch.material_color, np.int32)
@@ -106,12 +104,10 @@ def _material(watch: Watch, seed: int) -> Image.Image:
         pixels = np.full((SIZE, SIZE, 3), 255, np.uint8)
         pixels[::MESH_STEP] = colour
         pixels[:, ::MESH_STEP] = colour
-    elif watch.material == "noise":
+    else:
         # Clipped before the cast: bright colours saturate and do not wrap around to black.
         noise = np.random.default_rng(seed).integers(0, NOISE_LEVELS, (SIZE, SIZE, 3))
         pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
-    else:
-        raise ValueError(f"Material {watch.material!r} is unknown: use one of {', '.join(MATERIALS)}.")
     return Image.fromarray(pixels).convert("RGBA")
 
 

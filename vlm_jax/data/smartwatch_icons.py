@@ -4,10 +4,14 @@ Every icon is drawn on a square of 4 x 30 pixels in coordinates of a unit square
 averaging 4 x 4 blocks, so that its edges and its alpha are smooth.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 
 from PIL import Image, ImageDraw
+
+from vlm_jax.config import one_of
 
 SIZE = 30
 SUPERSAMPLE = 4
@@ -32,13 +36,16 @@ class Pen:
         self.draw = ImageDraw.Draw(self.canvas)
 
     def disc(self, x: float, y: float, radius: float, colour: tuple[int, ...]) -> None:
-        box = [(x - radius) * self.scale, (y - radius) * self.scale, (x + radius) * self.scale, (y + radius) * self.scale]
-        self.draw.ellipse(box, fill=colour)
+        """A filled circle."""
+        box = [(x - radius, y - radius), (x + radius, y + radius)]
+        self.draw.ellipse([(a * self.scale, b * self.scale) for a, b in box], fill=colour)
 
     def polygon(self, points: list[tuple[float, float]], colour: tuple[int, ...]) -> None:
+        """A filled polygon."""
         self.draw.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=colour)
 
     def reduced(self) -> Image.Image:
+        """The icon at its own size."""
         return self.canvas.reduce(SUPERSAMPLE)
 
 
@@ -75,15 +82,14 @@ def _rain(pen: Pen) -> None:
 @functools.cache
 def icon(weather: str) -> Image.Image:
     """The icon of "sunny", "cloudy" or "raining": RGBA, 30 x 30."""
+    one_of("weather", weather, ("sunny", "cloudy", "raining"))
     pen = Pen()
     if weather == "sunny":
         _sun(pen, 0.5, 0.5, 0.94)
     elif weather == "cloudy":
         _sun(pen, 0.30, 0.30, 0.56)
         _cloud(pen, 0.06, 0.14, 0.90, PALE_CLOUD)
-    elif weather == "raining":
+    else:
         _cloud(pen, 0.08, -0.06, 0.86, RAIN_CLOUD)
         _rain(pen)
-    else:
-        raise ValueError(f"Weather {weather!r} is unknown: use sunny, cloudy or raining.")
     return pen.reduced()

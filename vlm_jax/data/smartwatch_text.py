@@ -6,6 +6,8 @@ Tasks of the published data, in this order for every picture: "generation" (text
 questions), "caption". The quickstart style has one record per picture, task "vqa", with all five attributes asked.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import random

@@ -1,7 +1,7 @@
 """A dialogue becomes tokens and labels; the loss falls on what the model has to say and on nothing else.
 
     text    ... USER: <image>\\nWhat is it? ASSISTANT: A cat.</s>
-    answer                                           ^^^^^^^^^^^     from the end of the open prompt to the terminator, inclusive
+    answer                                           ^^^^^^^^^^^     what follows the open prompt
     tokens  ... 3148 1001 29901 -200 ... 29901 319 6635 29889 2
     labels  ... -100 -100 -100  -100 ... -100  319 6635 29889 2      not shifted, as in the papers
 
@@ -41,9 +41,7 @@ V0_SIGNAL = "### "
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """tokens int32 [n], IMAGE where an image stands; labels int32 [n], an id or IGNORE, not shifted; images
-    in order.
-    """
+    """tokens int32 [n] with IMAGE per image, labels int32 [n] (id or IGNORE, unshifted), images in order."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -56,11 +54,9 @@ class TextFormat:
 
     compat: "" the exact mask, "llava" the original's. start_end: `<im_start>` and `<im_end>` around images.
     keep_images: True leaves every `<image>` where it stands; False is LLaVA's rewriting, one image in front
-    of its turn; None keeps
-        them only if the record has several images, which the rewriting would merge into one.
-    max_length: text-only dialogues are cut to so many tokens, as the original does before batching; None
-    leaves cutting to packing,
-        which never cuts an image.
+        of its turn; None rewrites unless the record has several images, which would become one.
+    max_length: cuts text-only dialogues to so many tokens, as the original does before batching; None leaves
+        it to packing, which cuts any dialogue but never an image.
     """
 
     tokenizer: Tokenizer
@@ -92,8 +88,8 @@ class TextFormat:
         shown = int((tokens == IMAGE).sum())
         if shown != len(record.images):
             raise RecordError(
-                f"{record.where} has {len(record.images)} image(s) but {shown} {IMAGE_TEXT} in the turns trained on: "
-                "give each image one, in a human turn"
+                f"{record.where} has {len(record.images)} image(s) but {shown} {IMAGE_TEXT} in the turns "
+                "that are trained on: give each image one, in a human turn"
             )
         return Sample(tokens, labels, record.images)
 
@@ -101,8 +97,7 @@ class TextFormat:
 def place_images(
     turns: Sequence[Turn], template: Template, start_end: bool = False, keep: bool = False
 ) -> tuple[Turn, ...]:
-    """LLaVA's `preprocess_multimodal`: one `<image>` line in front of every turn that has any, tagged as the
-    template says.
+    """LLaVA's `preprocess_multimodal`: one `<image>` line in front of every turn that has any, with its tags.
 
     >>> place_images([("human", "a <image> b")], TEMPLATES["v1"])
     (('human', '<image>\\na  b'),)
@@ -126,8 +121,9 @@ def encode_dialogue(
     tokenizer = form.tokenizer
     parts = training_pieces(form.template, turns)
     text = "".join(part.text for part in parts)
+    has_image = has_image or form.template.style == "PLAIN"  # which is about images alone
     ids, spans = tokenizer.encode_spans(text, images=has_image)
-    if not has_image and form.template.style != "PLAIN" and form.max_length is not None:
+    if not has_image and form.max_length is not None:
         ids, spans = ids[: form.max_length], spans[: form.max_length]
     tokens = np.asarray(ids, np.int32)
     if form.compat:
@@ -140,9 +136,7 @@ def encode_dialogue(
 
 
 def touched(spans: Sequence[Span], parts: Sequence[Piece]) -> np.ndarray:
-    """bool [n]: does token i stand for a character of an answer? Empty spans count for the character they
-    stand before.
-    """
+    """bool [n]: does a token stand for a character of an answer? An empty span is the next character's."""
     answer = np.repeat([part.answer for part in parts], [len(part.text) for part in parts])
     before = np.concatenate([[0], np.cumsum(answer)])
     start, end = np.asarray(spans, np.int64).reshape(-1, 2).T
@@ -151,18 +145,15 @@ def touched(spans: Sequence[Span], parts: Sequence[Piece]) -> np.ndarray:
 
 
 def training_pieces(template: Template, turns: Sequence[Turn]) -> list[Piece]:
-    """The text that LLaVA trains on, in pieces that know whether they are answer. TemplateError if the turns
-    do not fit.
-    """
+    """The text that LLaVA trains on, in pieces; TemplateError if the template cannot take the turns."""
     if template.style == "PLAIN":
         return _plain_pieces(template, turns)
     if template.style == "SINGLE":
         return _v0_pieces(template, turns)
-    texts = [text for _, text in turns[1 if turns and turns[0][0] == "gpt" else 0 :]]
-    spoken = [role for role, _ in turns][len(turns) - len(texts) :]
-    if not texts or any(role != ("human", "gpt")[i % 2] for i, role in enumerate(spoken)):
+    turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
+    if not turns or any(role != ("human", "gpt")[i % 2] for i, (role, _) in enumerate(turns)):
         raise TemplateError("its roles are out of order, human and gpt must alternate")
-    return pieces(template, messages_of(template, texts))
+    return pieces(template, messages_of(template, [text for _, text in turns]))
 
 
 def _plain_pieces(template: Template, turns: Sequence[Turn]) -> list[Piece]:
@@ -190,8 +181,7 @@ def prompt(
     images: int = 0,
     start_end: bool = False,
 ) -> np.ndarray:
-    """int32 [n] tokens of a question, or of a dialogue question, answer, ..., question, open for the next
-    answer.
+    """Tokens int32 [n] of a question, or of a dialogue question, answer, ..., question, open for the answer.
 
     `images` are shown in front of the first question unless the texts place them (`<image>` or
     `<image-placeholder>`). A plain template has no questions: its prompt is the images alone, as in caption
@@ -213,6 +203,6 @@ def prompt(
     shown = int((tokens == IMAGE).sum())
     if shown != images:
         raise TemplateError(
-            f"{images} image(s) were given but the prompt has {shown} {IMAGE_TEXT}: each image needs exactly one"
+            f"{images} image(s) were given but the prompt has {shown} {IMAGE_TEXT}: each image needs one"
         )
     return tokens

@@ -55,42 +55,48 @@ class Template:
 
 
 _CHAT = (
-    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    "answers to the {0}'s questions."
+    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the {0}'s questions."
 )
 _HUMAN, _USER = _CHAT.format("human"), _CHAT.format("user")
 _MMTAG = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual "
-    "content that the user provides, and assist the user with a variety of tasks using natural language.The visual content "
-    "will be provided with the following format: <Image>visual content</Image>."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to "
+    "understand the visual content that the user provides, and assist the user with a variety of tasks "
+    "using natural language.The visual content will be provided with the following format: <Image>visual "
+    "content</Image>."
 )
 _LLAVA = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. You are able to understand the visual content that "
+    "the user provides, and assist the user with a variety of tasks using natural language."
 )
 _LLAMA_2 = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
-    "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please "
-    "ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or "
-    "is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a "
-    "question, please don't share false information."
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
+    "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
+    "dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive "
+    "in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why "
+    "instead of answering something not correct. If you don't know the answer to a question, please don't "
+    "share false information."
 )
 _EXAMPLE = (
     ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
     (
         "Assistant",
-        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as solar, "
-        "wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be "
-        "depleted, such as coal, oil, and natural gas. Here are some key differences between renewable and non-renewable energy "
-        "sources:\n1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
-        "finite and will eventually run out.\n2. Environmental impact: Renewable energy sources have a much lower environmental "
-        "impact than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative "
-        "effects.\n3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
-        "operational costs than non-renewable sources.\n4. Reliability: Renewable energy sources are often more reliable and can be "
-        "used in more remote locations than non-renewable sources.\n5. Flexibility: Renewable energy sources are often more flexible "
-        "and can be adapted to different situations and needs, while non-renewable sources are more rigid and inflexible.\n6. "
-        "Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and "
-        "their depletion can lead to economic and social instability.\n",
+        "Renewable energy sources are those that can be replenished naturally in a relatively short "
+        "amount of time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy "
+        "sources, on the other hand, are finite and will eventually be depleted, such as coal, oil, and "
+        "natural gas. Here are some key differences between renewable and non-renewable energy "
+        "sources:\n1. Availability: Renewable energy sources are virtually inexhaustible, while "
+        "non-renewable energy sources are finite and will eventually run out.\n2. Environmental impact: "
+        "Renewable energy sources have a much lower environmental impact than non-renewable sources, "
+        "which can lead to air and water pollution, greenhouse gas emissions, and other negative "
+        "effects.\n3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
+        "typically have lower operational costs than non-renewable sources.\n4. Reliability: Renewable "
+        "energy sources are often more reliable and can be used in more remote locations than "
+        "non-renewable sources.\n5. Flexibility: Renewable energy sources are often more flexible and can "
+        "be adapted to different situations and needs, while non-renewable sources are more rigid and "
+        "inflexible.\n6. Sustainability: Renewable energy sources are more sustainable over the long "
+        "term, while non-renewable sources are not, and their depletion can lead to economic and social "
+        "instability.\n",
     ),
 )
 _OLD, _NEW = ("Human", "Assistant"), ("USER", "ASSISTANT")
@@ -120,8 +126,8 @@ TEMPLATES: dict[str, Template] = {
     "v1_mmtag": Template(_MMTAG, _NEW, "TWO", " ", "</s>", "v1_mmtag"),
     "llava_llama_2": Template(_LLAVA, _NEW, "LLAMA_2", "<s>", "</s>", "llama_v2"),
     "mpt": Template(
-        "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
-        "and honest answers.",
+        "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant "
+        "gives helpful and honest answers.",
         _CHATML,
         "MPT",
         "<|im_end|>",
@@ -145,17 +151,12 @@ def template(name: str) -> Template:
 
 
 def training_template(version: str) -> Template:
-    """What LLaVA's `--version` puts in force: the named template, Vicuna v1 for "v0", "v0.5" and any name it
-    does not know.
-    """
-    return TEMPLATES[
-        "vicuna_v1" if version in ("v0", "v0.5") else version if version in TEMPLATES else "vicuna_v1"
-    ]
+    """What LLaVA's `--version` puts in force: Vicuna v1 for "v0", "v0.5" and any name it does not know."""
+    return _V1 if version in ("v0", "v0.5") else TEMPLATES.get(version, _V1)
 
 
 def template_of_model(model: str) -> str:
-    """Template name for a model name or path: the first lower-case substring that fits, else llava_v0
-    (LLaVA's run_llava).
+    """Template name for a model name or path by its substrings, else llava_v0 (LLaVA's run_llava).
 
     >>> template_of_model("liuhaotian/llava-v1.5-7b")
     'llava_v1'
@@ -166,11 +167,9 @@ def template_of_model(model: str) -> str:
 
 
 def with_images(text: str, images: int, start_end: bool = False) -> str:
-    """A question with its image tokens: `<image-placeholder>` replaced in place, else one `<image>` line per
-    image in front.
+    """A question with its image tokens: one `<image>` line per image in front, unless the text places them.
 
-    A text that has `<image>` already is kept as it is, but for `start_end`, which puts `<im_start>` and
-    `<im_end>` around each.
+    `<image-placeholder>` in the text becomes `<image>`; start_end puts `<im_start>`, `<im_end>` around it.
     """
     token = f"<im_start>{IMAGE_TEXT}<im_end>" if start_end else IMAGE_TEXT
     if PLACEHOLDER_TEXT in text:
@@ -188,15 +187,14 @@ def messages_of(template: Template, texts: Iterable[Message]) -> list[tuple[str,
 def render(template: Template, messages: Sequence[tuple[str, Message]]) -> str:
     """The prompt of a dialogue [(role, message)]. An empty message leaves its turn open.
 
-    >>> render(Template("S", ("USER", "ASSISTANT"), "TWO", " ", "</s>"), [("USER", "Hi"), ("ASSISTANT", None)])
-    'S USER: Hi ASSISTANT:'
+    >>> render(template("mistral_instruct"), [("USER", "Hi"), ("ASSISTANT", None)])
+    '[INST] Hi [/INST]'
     """
     return "".join(piece.text for piece in pieces(template, messages))
 
 
 def pieces(template: Template, messages: Sequence[tuple[str, Message]]) -> list[Piece]:
-    """The rendered dialogue, cut where answers begin and end (the second, fourth ... message is an answer).
-    """
+    """The rendered dialogue, cut where answers (the second message, the fourth ...) begin and end."""
     texts = [
         (role, message[0] if isinstance(message, tuple) else message, bool(message))
         for role, message in _image_first(template, messages)
@@ -251,9 +249,8 @@ def _llama_2(t: Template, texts: list) -> list[Piece]:
             text = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n{text}"
         if said:
             out.append(Piece(f" {text} {t.sep2}", True) if i % 2 else Piece(f"{t.sep}[INST] {text} [/INST]"))
-    # The tokenizer adds BOS, so the original strips the first "<s>" - as a set of characters, which stops at
-    # "[INST]" all the same.
-    return [Piece(out[0].text.lstrip(t.sep)), *out[1:]] if out and t.sep else out
+    # The tokenizer adds BOS, so the first "<s>" goes.
+    return [Piece(out[0].text.removeprefix(t.sep)), *out[1:]] if out else out
 
 
 def _plain(t: Template, texts: list) -> list[Piece]:
@@ -261,7 +258,7 @@ def _plain(t: Template, texts: list) -> list[Piece]:
     for i, (_, text, said) in enumerate(texts):
         if said and i % 2 and t.sep2 is None:
             raise TemplateError(
-                "a plain template has no way to close an answer: leave the answer open, or train with it instead"
+                "a plain template cannot close an answer: leave it open, or use another template"
             )
         out.append(Piece(text + (t.sep, t.sep2)[i % 2] if said else "", i % 2 == 1))
     return out

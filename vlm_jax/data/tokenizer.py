@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from vlm_jax.config import IMAGE
 from vlm_jax.data.templates import IMAGE_TEXT
 from vlm_jax.data.tokenizer_models import AddedToken, SentencePieceModel, Span, TokenizersModel
 
 NOWHERE = (-1, -1)
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+FILES = ("tokenizer.json", "tokenizer.model")  # the first that a directory holds is read
 _NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
 _PADDING_ROWS = 1024  # how many more rows than tokens an embedding may have (they are padded to round sizes)
 
@@ -37,11 +30,11 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A model with its special ids: bos_id, eos_id, unk_id, pad_id (None where there is none), `size` ids,
-    `legacy` (None: not asked).
+    """A model and its special ids bos_id, eos_id, unk_id, pad_id (None without; pad falls back on unk, then
+    eos).
 
-    `prefix` and `suffix` are the ids put around a whole text, for Llama (BOS,) and (). pad_id falls back on
-    unk, then eos.
+    prefix, suffix: ids put around a whole text, for Llama (BOS,) and (). names: texts of the special tokens.
+    source: where it was read from. settings: the rest of tokenizer_config.json, kept for `save`.
     """
 
     def __init__(
@@ -51,8 +44,9 @@ class Tokenizer:
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
         source: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
-        self.model, self.names, self.source = model, dict(names), source
+        self.model, self.names, self.source, self.settings = model, dict(names), source, dict(settings or {})
         self.prefix, self.suffix = tuple(prefix), tuple(suffix)
         self.bos_id, self.eos_id, self.unk_id, pad = (
             None if names.get(kind) is None else model.id_of(names[kind])
@@ -62,10 +56,12 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
+        """Ids go from 0 to size - 1."""
         return self.model.size
 
     @property
     def legacy(self) -> bool | None:
+        """Do chunks behind a special token begin with an invisible space? None for a tokenizer.json."""
         return self.model.legacy
 
     @property
@@ -79,28 +75,24 @@ class Tokenizer:
         """Id of a piece or added token, None if there is no such token."""
         return self.model.id_of(text)
 
-    def with_tokens(self, *texts: str) -> "Tokenizer":
-        """A tokenizer that also knows these special tokens, numbered from `size` on; known ones keep their
+    def with_tokens(self, *texts: str) -> Tokenizer:
+        """A tokenizer that knows these special tokens too, numbered from `size` on; known ones keep their
         ids.
         """
         new = [text for text in dict.fromkeys(texts) if self.id_of(text) is None]
         model = self.model.with_tokens([AddedToken(text, self.size + k) for k, text in enumerate(new)])
-        return Tokenizer(model, self.names, self.prefix, self.suffix, self.source)
+        return Tokenizer(model, self.names, self.prefix, self.suffix, self.source, self.settings)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of one string; `special` puts prefix and suffix around."""
         return self.encode_spans(text, images=False, special=special)[0]
 
     def encode_images(self, text: str) -> list[int]:
-        """Ids with IMAGE for every `<image>`, each stretch of text between images tokenised as a string of
-        its own.
-        """
+        """Ids with IMAGE for every `<image>`; what stands between is tokenised as strings of their own."""
         return self.encode_spans(text, images=True)[0]
 
     def encode_spans(self, text: str, images: bool, special: bool = True) -> tuple[list[int], list[Span]]:
-        """Ids and their spans in characters of `text`; `images`: `<image>` becomes IMAGE, else it is text
-        like any other.
-        """
+        """Ids [n] and spans [n] in characters of `text`; `images`: `<image>` becomes IMAGE or stays text."""
         ids = list(self.prefix) if special else []
         spans, cursor = [NOWHERE] * len(ids), 0
         for k, string in enumerate(text.split(IMAGE_TEXT) if images else [text]):
@@ -120,8 +112,12 @@ class Tokenizer:
         has are passed over.
         """
         ids = [int(i) for i in ids]
-        if self.prefix and tuple(ids[: len(self.prefix)]) == self.prefix:
-            ids = ids[len(self.prefix) :]
+        return self._text(ids[self._lead(ids) :], skip_special)
+
+    def _lead(self, ids: list[int]) -> int:
+        return len(self.prefix) if tuple(ids[: len(self.prefix)]) == self.prefix else 0
+
+    def _text(self, ids: list[int], skip_special: bool = True) -> str:
         out, start = [], 0
         for k in [k for k, i in enumerate(ids) if i == IMAGE] + [len(ids)]:
             out.append(self.model.decode([i for i in ids[start:k] if 0 <= i < self.size], skip_special))
@@ -129,29 +125,39 @@ class Tokenizer:
         return ("" if skip_special else IMAGE_TEXT).join(out)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of each id as it comes; the pieces join to `decode(ids)`. Bytes of an unfinished character
-        wait for the rest.
+        """The text that each id adds, as it comes, and what is left at the end; joined they are
+        `decode(ids)`.
+
+        Bytes of an unfinished character wait for the rest. Only the last few ids are decoded again.
         """
         seen, start, done = [], 0, 0
         for i in ids:
             seen.append(int(i))
-            before, after = self.decode(seen[start:done]), self.decode(seen[start:])
+            if len(seen) == self._lead(seen) and self.prefix:
+                start = done = len(seen)
+            before, after = self._text(seen[start:done]), self._text(seen[start:])
             if len(after) > len(before) and not after.endswith("\ufffd"):
                 start, done = done, len(seen)
                 yield after[len(before) :]
             else:
                 yield ""
-        yield self.decode(seen[start:])[len(self.decode(seen[start:done])) :]
+        yield self._text(seen[start:])[len(self._text(seen[start:done])) :]
 
     def save(self, directory: str | Path) -> None:
-        """Copy the files this tokenizer was read from into `directory`."""
-        if self.source is None or not Path(self.source).is_dir():
-            raise TokenizerError(
-                f"the tokenizer was not read from a directory, so it cannot be written to {directory}"
-            )
-        for name in FILES:
-            if (Path(self.source) / name).exists():
-                shutil.copyfile(Path(self.source) / name, Path(directory) / name)
+        """Write tokenizer.json or tokenizer.model, and tokenizer_config.json, as HF and `load_tokenizer` read
+        them.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / self.model.file).write_bytes(self.model.content)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
+        if self.legacy is not None:
+            settings = {"tokenizer_class": "LlamaTokenizer", **self.settings, "legacy": self.legacy}
+            settings |= {"add_bos_token": bool(self.prefix), "add_eos_token": bool(self.suffix)}
+        settings |= {f"{kind}_token": name for kind, name in self.names.items()}
+        settings["added_tokens_decoder"] = {str(token.id): token.settings for token in self.model.added}
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def load_tokenizer(
@@ -172,10 +178,9 @@ def load_tokenizer(
     given (the token's text) goes before them.
     """
     path = Path(path)
-    file = (
-        next((path / name for name in FILES[:2] if (path / name).is_file()), None) if path.is_dir() else path
-    )
-    if file is None or not file.is_file():
+    files = [path / name for name in FILES] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise TokenizerError(
             f"{path} holds no tokenizer.json and no tokenizer.model: copy the tokenizer of the model there"
         )
@@ -187,31 +192,27 @@ def load_tokenizer(
     if file.suffix == ".json":
         model = _parsed(file, lambda: TokenizersModel(file.read_text(encoding="utf-8")))
         model = model.with_tokens(added) if added else model
-        return Tokenizer(model, names, model.prefix, model.suffix, path)
+        return Tokenizer(model, names, model.prefix, model.suffix, path, settings)
     tokens = [*_added_tokens(path, settings), *added]
     legacy = settings.get("legacy") if legacy is None else legacy
     model = _parsed(file, lambda: SentencePieceModel(file.read_bytes(), tokens, legacy is not False))
     bos_id, eos_id = (model.id_of(names[kind]) if names[kind] else None for kind in ("bos", "eos"))
     prefix = [bos_id] if bos_id is not None and settings.get("add_bos_token", True) else []
     suffix = [eos_id] if eos_id is not None and settings.get("add_eos_token", False) else []
-    return Tokenizer(model, names, prefix, suffix, path)
+    return Tokenizer(model, names, prefix, suffix, path, settings)
 
 
 def check_vocabulary(tokenizer: Tokenizer, llm_vocab: int, where: str = "the model") -> None:
-    """TokenizerError unless every id has a row among the `llm_vocab` embeddings, and hardly more rows exist
-    than ids.
-    """
+    """TokenizerError unless every id has one of `llm_vocab` embeddings, and hardly more of them exist."""
     if not tokenizer.size <= llm_vocab <= tokenizer.size + _PADDING_ROWS:
         raise TokenizerError(
             f"the tokenizer of {tokenizer.source or 'this run'} has {tokenizer.size} tokens but {where} has "
-            f"llm.vocab={llm_vocab} embeddings: they do not belong together, use the tokenizer the model came with"
+            f"llm.vocab={llm_vocab} embeddings: use the tokenizer that the model came with"
         )
 
 
 def expand_images(tokens: Sequence[int], slots: Sequence[int], token: int) -> list[int]:
-    """Ids as HF's processor gives them: the k-th `token` or IMAGE of the text repeated slots[k] times, as
-    `token`.
-    """
+    """Ids as HF's processor gives them: the k-th `token` or IMAGE is written slots[k] times, as `token`."""
     out, counts = [], iter(slots)
     for i in tokens:
         out += [token] * next(counts) if i in (token, IMAGE) else [int(i)]
@@ -242,9 +243,7 @@ def _content(token: str | dict | None) -> str | None:
 
 
 def _added_tokens(directory: Path, settings: dict) -> list[AddedToken]:
-    """Added tokens with their ids: added_tokens.json {text: id}, then tokenizer_config's added_tokens_decoder
-    {id: {...}}.
-    """
+    """Tokens of added_tokens.json {text: id}, then of tokenizer_config's added_tokens_decoder {id: {...}}."""
     tokens = {}
     if (directory / "added_tokens.json").is_file():
         plain = json.loads((directory / "added_tokens.json").read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""The two kinds of tokenizer model behind `data.tokenizer`: text -> ids and the span (start, end) of
-characters each stands for.
+"""The two kinds of tokenizer model behind `data.tokenizer`: text -> ids and what they stand for.
 
-    SentencePieceModel   tokenizer.model; special tokens are cut out of the text by us, the chunks between them are encoded
+    SentencePieceModel   tokenizer.model; we cut the special tokens out of the text and encode what is between
     TokenizersModel      tokenizer.json through the `tokenizers` library
 
-Bytes of one character share its span, the invisible space before a text is empty.
+The span of an id is (start, end) in characters of the text; bytes of one character share it, that of the
+invisible space before a text is empty.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import json
 import re
 from typing import Iterable, Sequence
 
-# A protobuf message appended to another is merged into it: this one is {normalizer_spec: {add_dummy_prefix:
-# false}}.
+# Protobuf merges a message that is appended to another: this is {normalizer_spec: {add_dummy_prefix: false}}.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 Span = tuple[int, int]
@@ -23,9 +22,7 @@ Span = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before the model sees it; lstrip / rstrip swallow the white space
-    beside it.
-    """
+    """A token cut out of the text before the model sees it; lstrip, rstrip swallow white space beside."""
 
     text: str
     id: int
@@ -33,40 +30,43 @@ class AddedToken:
     lstrip: bool = False
     rstrip: bool = False
 
+    @property
+    def settings(self) -> dict:
+        """The token as HF's files describe it."""
+        fields = {"content": self.text, "lstrip": self.lstrip, "rstrip": self.rstrip, "special": self.special}
+        return {**fields, "normalized": False, "single_word": False}
+
 
 class SentencePieceModel:
     """A SentencePiece model with its special tokens split out of the text, nothing stripped around them.
 
-    legacy: every chunk begins with the invisible space (transformers before the Llama fix, Vicuna <= 1.3);
-    not legacy: only a chunk at the very start of the text does. Measured against transformers 4.37's
-    LlamaTokenizer.
+    legacy: every chunk begins with the invisible space (Vicuna <= 1.3); not legacy: only a chunk at the very
+    start of the text does (Vicuna 1.5). As transformers 4.37's slow LlamaTokenizer.
     """
+
+    file = "tokenizer.model"
 
     def __init__(self, model: bytes, added: Iterable[AddedToken] = (), legacy: bool = True):
         import sentencepiece  # here, because --help must not wait for it
 
         self.legacy = legacy
         self._first = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._inner = (
-            self._first
-            if legacy
-            else sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
-        )
+        self._inner = self._first
+        if not legacy:
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         self.pieces = self._first.get_piece_size()
         controls = (self._first.bos_id(), self._first.eos_id(), self._first.unk_id())
-        known = {
-            self._first.id_to_piece(i): AddedToken(self._first.id_to_piece(i), i) for i in controls if i >= 0
-        }
-        known.update({token.text: token for token in added})
+        controls = [AddedToken(self._first.id_to_piece(i), i) for i in controls if i >= 0]
+        known = {token.text: token for token in (*controls, *added)}
         self.added = tuple(sorted(known.values(), key=lambda token: token.id))
         self._by_text = {token.text: token for token in self.added}
         self._by_id = {token.id: token for token in self.added}
-        self._cut = re.compile(
-            "|".join(map(_pattern, sorted(self.added, key=lambda t: -len(t.text)))) or "(?!)"
-        )
+        longest_first = sorted(self.added, key=lambda token: -len(token.text))
+        self._cut = re.compile("|".join(map(_pattern, longest_first)) or "(?!)")
 
     @property
     def content(self) -> bytes:
+        """The bytes of `file`."""
         return self._first.serialized_model_proto()
 
     @property
@@ -74,16 +74,19 @@ class SentencePieceModel:
         """Ids go from 0 to size - 1."""
         return max([self.pieces - 1, *self._by_id]) + 1
 
-    def with_tokens(self, tokens: Sequence[AddedToken]) -> "SentencePieceModel":
+    def with_tokens(self, tokens: Sequence[AddedToken]) -> SentencePieceModel:
+        """The model with more added tokens."""
         return SentencePieceModel(self.content, (*self.added, *tokens), self.legacy)
 
     def id_of(self, text: str) -> int | None:
+        """Id of an added token or a piece."""
         if text in self._by_text:
             return self._by_text[text].id
         found = self._first.piece_to_id(text)
         return found if self._first.id_to_piece(found) == text else None
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids [n] and spans [n] of one string, nothing around it."""
         ids, spans, cursor = [], [], 0
         for found in self._cut.finditer(text):
             self._chunk(text, cursor, found.start(), ids, spans)
@@ -122,11 +125,11 @@ class SentencePieceModel:
 
 
 class TokenizersModel:
-    """A tokenizer.json through the `tokenizers` library, without what its post-processor adds (`prefix` and
-    `suffix` keep that).
+    """A tokenizer.json through the `tokenizers` library; `prefix` and `suffix` are the ids its post-processor
+    adds.
     """
 
-    legacy = None
+    file, legacy = "tokenizer.json", None
 
     def __init__(self, document: str):
         import tokenizers
@@ -135,47 +138,50 @@ class TokenizersModel:
         self._model = tokenizers.Tokenizer.from_str(document)
         self._model.no_padding()
         self._model.no_truncation()
-        whole, bare = (self._model.encode("a", add_special_tokens=add).ids for add in (True, False))
-        at = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)
-        self.prefix, self.suffix = tuple(whole[:at]), tuple(whole[at + len(bare) :])
+        self.prefix, self.suffix = self._around()
         self._model.post_processor = None  # byte-level ones also trim the spaces off the offsets
         self.added = tuple(
             AddedToken(t.content, i, t.special, t.lstrip, t.rstrip)
             for i, t in sorted(self._model.get_added_tokens_decoder().items())
         )
 
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is put around a text, seen on the first one that is not empty in this vocabulary."""
+        for text in ("a", "0", *self._model.get_vocab()):
+            coded = self._model.encode(text)
+            own = [k for k, sequence in enumerate(coded.sequence_ids) if sequence is not None]
+            if own:
+                return tuple(coded.ids[: own[0]]), tuple(coded.ids[own[-1] + 1 :])
+        return (), ()
+
     @property
     def content(self) -> bytes:
+        """The bytes of `file`."""
         return self._document.encode()
 
     @property
     def size(self) -> int:
+        """Ids go from 0 to size - 1."""
         return max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def with_tokens(self, tokens: Sequence[AddedToken]) -> "TokenizersModel":
+    def with_tokens(self, tokens: Sequence[AddedToken]) -> TokenizersModel:
+        """The model with more added tokens."""
         document = json.loads(self._document)
-        document["added_tokens"] += [
-            {
-                "id": t.id,
-                "content": t.text,
-                "single_word": False,
-                "lstrip": t.lstrip,
-                "rstrip": t.rstrip,
-                "normalized": False,
-                "special": t.special,
-            }
-            for t in tokens
-        ]
+        new = [{"id": token.id, **token.settings} for token in tokens]
+        document["added_tokens"] = [*(document.get("added_tokens") or []), *new]
         return TokenizersModel(json.dumps(document))
 
     def id_of(self, text: str) -> int | None:
+        """Id of a token."""
         return self._model.token_to_id(text)
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids [n] and spans [n] of one string, nothing put around it."""
         coded = self._model.encode(text, add_special_tokens=False)
         return coded.ids, coded.offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        """Inverse of `encode`."""
         return self._model.decode(ids, skip_special_tokens=skip_special)
 
 

@@ -1,7 +1,7 @@
 """A model directory as everything that answering needs: config, parameters on their devices, tokenizer, preprocessing, template.
 
     HF LLaVA directory, original LLaVA directory   config.json + weights + tokenizer files
-    run directory of ours                          the newest checkpoint in it, exported with its tokenizer
+    run directory of ours                          the export in it
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.convert.files import read_json
 from vlm_jax.convert.read import Checkpoint, open_checkpoint
 from vlm_jax.convert.read import load as read_parameters
+from vlm_jax.data.chat_template import named_template
 from vlm_jax.data.images import ImageSource, Preprocess, load_views
 from vlm_jax.data.tasks import prompt
 from vlm_jax.data.templates import Template, template, template_of_model
@@ -63,8 +65,7 @@ class Loaded(NamedTuple):
     def stop(self) -> tuple[str, ...]:
         """The template's separator after answers, unless it is an EOS token anyway."""
         end = self.template.sep2 if self.template.style in ("TWO", "LLAMA_2") else self.template.sep
-        wanted = end and end.strip() and self.tokenizer.id_of(end) not in self.eos
-        return (end,) if wanted else ()
+        return (end,) if end and self.tokenizer.id_of(end) not in self.eos else ()
 
     def generator(self, *, dtype: str = "", mesh: Mesh | None = None, batch_size: int = 8) -> Generator:
         """A Generator that computes in `dtype` (default: `usual_dtype`)."""
@@ -89,9 +90,7 @@ def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = No
 
     Under a mesh every device reads only its slice of each parameter.
     """
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory} is no model directory: it has no config.json")
+    directory = model_directory(Path(directory))
     checkpoint = open_checkpoint(directory)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, checkpoint.config.llm.vocab, str(directory))
@@ -100,6 +99,16 @@ def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = No
     start_end = bool(checkpoint.raw.get("mm_use_im_start_end", False))
     config = checkpoint.config
     return Loaded(config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end)
+
+
+def model_directory(directory: Path) -> Path:
+    """`directory` itself, or the export of the run that it is."""
+    for place in (directory, directory / "export"):
+        if (place / "config.json").is_file():
+            return place
+    if (directory / "checkpoints").is_dir():
+        raise ConfigError(f"{directory} is a run without an export: start its training again, a finished run only writes the export")
+    raise ConfigError(f"{directory} is no model directory: it has no config.json")
 
 
 def place(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:
@@ -118,7 +127,7 @@ def place(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None) -> dict[str, ja
 def template_for(directory: Path) -> str:
     """Template of a model directory: told by its chat template if it has one, else by its name as LLaVA does, else v1."""
     found = _chat_template(directory)
-    told = next((name for mark, name in _OF_CHAT_TEMPLATE if mark in found), None)
+    told = named_template(found) or next((name for mark, name in _OF_CHAT_TEMPLATE if mark in found), None)
     by_name = template_of_model(directory.resolve().as_posix())
     return told or ("v1" if by_name == "llava_v0" else by_name)
 
@@ -129,16 +138,16 @@ def _chat_template(directory: Path) -> str:
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            found = json.loads((directory / name).read_text(encoding="utf-8")).get("chat_template")
+            found = read_json(directory / name).get("chat_template")
             if found:
-                return json.dumps(found)
+                return found if isinstance(found, str) else json.dumps(found)
     return ""
 
 
 def eos_of(checkpoint: Checkpoint, tokenizer_eos: int | None = None) -> tuple[int, ...]:
     """Ids that end an answer: of generation_config.json, else config.json, else the tokenizer's."""
     file = checkpoint.directory / "generation_config.json"
-    stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
     for ids in (stated, checkpoint.tokens.get("eos_token_id"), tokenizer_eos):
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)

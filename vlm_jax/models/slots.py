@@ -2,7 +2,7 @@
 
     flat           view 0 features, view 1 features, ...
     spatial        base view, then all tiles as ONE map read row by row:  (gh, p, gw, p)
-    spatial_unpad  the same map without rows or columns that are only padding, each row closed by image_newline
+    spatial_unpad  the same map without its rows or columns of mere padding, each row closed by image_newline
 
 An entry is a feature index relative to the first view of the image (view v, patch i -> v*P + i) or NEWLINE.
 A grid is (gw, gh) tiles of S x S pixels, p patches per tile side. Geometry of LLaVA-1.6 "anyres"
@@ -50,7 +50,7 @@ def slots_of_views(views: int, width: int, height: int, config: VLMConfig) -> np
     side = config.vision.grid
     if features != side * side:
         raise ConfigError(
-            f"model.merge={config.merge} lays patches out as a map: set vision.select=patch, without class token"
+            f"model.merge={config.merge} makes a map of patches: set vision.select=patch, without class token"
         )
     grid = tile_grid(width, height, config.pinpoints, config.vision.image_size)
     if views != 1 + grid[0] * grid[1]:

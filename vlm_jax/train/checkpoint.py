@@ -42,10 +42,8 @@ class Checkpointer:
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder).absolute()
         self._keep = keep
-        self._open()
-
-    def _open(self) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+        # old steps are removed here and not by Orbax, which can remove them although the new one failed
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
         self._steps = ocp.CheckpointManager(self.folder, options=options, item_names=("params", "optimizer", "meta"))
 
     def latest(self) -> int | None:
@@ -57,6 +55,7 @@ class Checkpointer:
         rng = np.asarray(jax.device_get(state.rng)).tolist()
         meta = {"step": step, "rng": rng, "data": data, "config": config}
         meta |= {"trainable": leaves_of(state.trainable), "frozen": leaves_of(state.frozen)}
+        self.wait()
         with self._reporting(step):
             self._save_base(state.frozen)
             items = ocp.args.Composite(
@@ -65,13 +64,14 @@ class Checkpointer:
                 meta=ocp.args.JsonSave(meta),
             )
             self._steps.save(step, args=items)
-            self._steps.check_for_errors()
 
     def wait(self) -> None:
-        """Return when everything is on disk; raises CheckpointError if something could not be written."""
+        """Return when everything is on disk and old steps are gone; raises CheckpointError if something could not be written."""
         with self._reporting(None):
             self._steps.wait_until_finished()
             self._steps.check_for_errors()
+            for step in self._complete()[: -self._keep]:
+                self._steps.delete(step)
 
     def close(self) -> None:
         """Wait and release the background threads."""

@@ -1,0 +1,49 @@
+"""An epoch of rows with and without images, packed and not, compiles the step once."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+from jax import monitoring
+
+from tests.small_runs import EXACT, MODEL, batch
+from vlm_jax.parallel.mesh import MeshConfig, make_mesh
+from vlm_jax.train.loop import train
+from vlm_jax.train.options import STAGE1
+
+
+@contextlib.contextmanager
+def compilations():
+    """List that grows by one name per XLA compilation."""
+    found = []
+
+    def note(event, duration, **_):
+        if "backend_compile" in event:
+            found.append(event)
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+
+
+def test_an_epoch_of_mixed_rows_compiles_once(tmp_path):
+    made = [batch(step, rows=2) for step in range(12)]
+    contents = {(m["segments"].max(), np.count_nonzero(m["image_slots"] >= 0)) for m in made}
+    assert len(contents) > 4, "the batches of this test must differ in what they hold"
+    config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=2, steps=12, log_every=3, save_every=100)
+    asked = []  # compilations so far, each time a batch is read
+
+    def watched(start, state):
+        for step, rows in enumerate(made):
+            asked.append(len(found))
+            yield step, rows
+
+    with compilations() as found:
+        mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+        result = train(config, MODEL, watched, tmp_path, mesh=mesh, progress=False)
+    assert result.status == "finished" and result.step == 12
+    # two batches are read ahead of the first update, so the sixth is read when the step has long been compiled
+    assert 0 < asked[5] == asked[-1]

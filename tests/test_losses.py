@@ -1,0 +1,54 @@
+"""Chunked cross-entropy against the plain one, and what it must never hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.train.losses import cross_entropy
+
+
+def plain(hidden, kernel, targets, weights):
+    logits = hidden @ kernel
+    losses = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jnp.sum(losses * weights), jnp.sum(weights), jnp.sum((jnp.argmax(logits, -1) == targets) * weights)
+
+
+def case(B=3, T=21, D=8, V=50):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
+    return x, w, rng.integers(0, V, (B, T)), (rng.random((B, T)) < 0.5).astype(np.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 20, 21, 1000])
+def test_sums_and_gradients_equal_the_plain_loss(chunk):
+    x, w, y, m = case()
+    for ours, wanted in zip(cross_entropy(x, w, y, m, chunk), plain(x, w, y, m)):
+        np.testing.assert_allclose(ours / m.sum(), wanted / m.sum(), atol=1e-6)
+    grads = jax.grad(lambda x, w: cross_entropy(x, w, y, m, chunk).loss / m.sum(), (0, 1))(x, w)
+    wanted = jax.grad(lambda x, w: plain(x, w, y, m)[0] / m.sum(), (0, 1))(x, w)
+    for a, b in zip(grads, wanted):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_no_supervised_token_gives_zeros():
+    x, w, y, m = case()
+    sums = cross_entropy(x, w, y, m * 0, 8)
+    assert [float(s) for s in sums] == [0, 0, 0]
+
+
+def test_large_logits_do_not_overflow():
+    x, w, y, m = case()
+    assert np.isfinite(float(cross_entropy(x * 1e4, w, y, m, 8).loss))
+
+
+def test_memory_holds_one_group_of_logits():
+    B, T, D, V = 2, 256, 16, 4096
+
+    def temporary(chunk):
+        arrays = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), "float32"), ((D, V), "float32"), ((B, T), "int32"), ((B, T), "float32"))]
+        loss = jax.jit(jax.grad(lambda x, w, y, m: cross_entropy(x, w, y, m, chunk).loss, (0, 1)))
+        return loss.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16) < temporary(T) / 4
+    assert temporary(16) < B * T * V * 4  # less than the float32 logits of the batch
