@@ -14,7 +14,9 @@ from vlm_jax.models import vlm
 
 
 def open_golden(directory: Path) -> tuple[Checkpoint, vlm.VLM]:
-    """The checkpoint and its model in float32, every parameter placed through `make_array_from_callback` as training does."""
+    """The checkpoint and its model in float32, every parameter placed through `make_array_from_callback` as
+    training does.
+    """
     checkpoint = open_checkpoint(directory)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -25,20 +27,32 @@ def open_golden(directory: Path) -> tuple[Checkpoint, vlm.VLM]:
 
 
 def row_batch(
-    config: VLMConfig, image_token: int, ids: np.ndarray, mask: np.ndarray, pixels: np.ndarray, counts: Any, shape: tuple | None = None
+    config: VLMConfig,
+    image_token: int,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    pixels: np.ndarray,
+    counts: Any,
+    shape: tuple | None = None,
 ) -> dict[str, np.ndarray]:
-    """HF's padded batch as rows: `pixels` [images, 3, S, S] of all rows in order, `counts` how many each row takes.
+    """HF's padded batch as rows: `pixels` [images, 3, S, S] of all rows in order, `counts` how many each row
+    takes.
 
-    An image is as many image tokens as it has features; a row that has one token per image (transformers before 4.47) is expanded.
-    shape: (B, T, I) to pad to, so that several batches share one compilation; rows keep their side of padding.
+    An image is as many image tokens as it has features; a row that has one token per image (transformers
+    before 4.47) is expanded. shape: (B, T, I) to pad to, so that several batches share one compilation; rows
+    keep their side of padding.
     """
     features = config.vision.features
     rows = [_row(row[kept == 1], image_token, features, count) for row, kept, count in zip(ids, mask, counts)]
     height, length, images = shape or (len(rows), max(len(tokens) for tokens, _ in rows), max(max(counts), 1))
     left = mask[:, -1].all()
-    batch = {name: np.full((height, length), fill, np.int32) for name, fill in (("tokens", 0), ("image_slots", -1))}
+    batch = {
+        name: np.full((height, length), fill, np.int32) for name, fill in (("tokens", 0), ("image_slots", -1))
+    }
     batch |= {name: np.zeros((height, length), np.int32) for name in ("segments", "positions")}
-    batch["images"] = np.zeros((height, images, config.vision.image_size, config.vision.image_size, 3), np.float32)
+    batch["images"] = np.zeros(
+        (height, images, config.vision.image_size, config.vision.image_size, 3), np.float32
+    )
     starts = np.concatenate([[0], np.cumsum(counts)])
     for r, (tokens, slots) in enumerate(rows):
         at = slice(length - len(tokens), length) if left else slice(0, len(tokens))

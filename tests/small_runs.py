@@ -14,27 +14,50 @@ VISION = VisionConfig(image_size=28, patch_size=14, width=16, layers=2, heads=2,
 LLM = LLMConfig(vocab=64, width=32, mlp=64, layers=2, heads=4, kv_heads=2, head_dim=8, max_position=64)
 MODEL = VLMConfig(vision=VISION, llm=LLM)
 EXACT = TrainConfig(
-    global_batch=8, steps=6, lr=3e-3, dtype="float32", vision_dtype="float32", frozen_dtype="float32", remat="none", loss_chunk=8,
-    log_every=2, save_every=2,
+    global_batch=8,
+    steps=6,
+    lr=3e-3,
+    dtype="float32",
+    vision_dtype="float32",
+    frozen_dtype="float32",
+    remat="none",
+    loss_chunk=8,
+    log_every=2,
+    save_every=2,
 )
 VIEWS = 2
 
 
-def segment(rng: np.random.Generator, length: int, views: int, first_view: int = 0, model: VLMConfig = MODEL) -> dict[str, np.ndarray]:
-    """One sample of `length` slots, `views` whole images after its first token, supervised from the last image on."""
+def segment(
+    rng: np.random.Generator, length: int, views: int, first_view: int = 0, model: VLMConfig = MODEL
+) -> dict[str, np.ndarray]:
+    """One sample of `length` slots, `views` whole images after its first token, supervised from the last
+    image on.
+    """
     P = model.vision.features
     tokens = rng.integers(1, model.llm.vocab, length + 1)
     slots = np.full(length, -1)
     slots[1 : 1 + views * P] = np.arange(views * P) + first_view * P
     weights = (np.arange(length) >= 1 + views * P).astype(np.float32)
     weights[-1] = 0  # nothing follows the last slot
-    out = {"tokens": np.where(slots >= 0, 0, tokens[:-1]), "image_slots": slots, "targets": np.where(weights > 0, tokens[1:], 0)}
-    return {k: v.astype(np.int32) for k, v in out.items()} | {"weights": weights, "positions": np.arange(length, dtype=np.int32)}
+    out = {
+        "tokens": np.where(slots >= 0, 0, tokens[:-1]),
+        "image_slots": slots,
+        "targets": np.where(weights > 0, tokens[1:], 0),
+    }
+    return {k: v.astype(np.int32) for k, v in out.items()} | {
+        "weights": weights,
+        "positions": np.arange(length, dtype=np.int32),
+    }
 
 
-def row(rng: np.random.Generator, plan: list[tuple[int, int]], slots: int = 24, model: VLMConfig = MODEL) -> dict[str, np.ndarray]:
+def row(
+    rng: np.random.Generator, plan: list[tuple[int, int]], slots: int = 24, model: VLMConfig = MODEL
+) -> dict[str, np.ndarray]:
     """A row of samples given as (length, views), padded to `slots` slots and VIEWS views."""
-    out = {k: np.zeros(slots, np.int32) for k in ("tokens", "image_slots", "targets", "segments", "positions")}
+    out = {
+        k: np.zeros(slots, np.int32) for k in ("tokens", "image_slots", "targets", "segments", "positions")
+    }
     out["image_slots"] -= 1
     out["weights"] = np.zeros(slots, np.float32)
     size = model.vision.image_size
@@ -49,7 +72,16 @@ def row(rng: np.random.Generator, plan: list[tuple[int, int]], slots: int = 24, 
     return out
 
 
-PLANS = ([(9, 1), (10, 1)], [(20, 2)], [(7, 0), (8, 0)], [(12, 1)], [(24, 0)], [(11, 2), (6, 0)], [(5, 0)], [(8, 1), (9, 0), (7, 1)])
+PLANS = (
+    [(9, 1), (10, 1)],
+    [(20, 2)],
+    [(7, 0), (8, 0)],
+    [(12, 1)],
+    [(24, 0)],
+    [(11, 2), (6, 0)],
+    [(5, 0)],
+    [(8, 1), (9, 0), (7, 1)],
+)
 
 
 def batch(seed: int, rows: int = 8, slots: int = 24, model: VLMConfig = MODEL) -> dict[str, np.ndarray]:
@@ -61,7 +93,9 @@ def batch(seed: int, rows: int = 8, slots: int = 24, model: VLMConfig = MODEL) -
 
 @dataclasses.dataclass
 class Batches:
-    """Endless generated batches, the batch of a step being a function of the step; repeats after `period` steps."""
+    """Endless generated batches, the batch of a step being a function of the step; repeats after `period`
+    steps.
+    """
 
     step: int
     rows: int = 8

@@ -46,7 +46,10 @@ def test_memory_holds_one_group_of_logits():
     B, T, D, V = 2, 256, 16, 4096
 
     def temporary(chunk):
-        arrays = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), "float32"), ((D, V), "float32"), ((B, T), "int32"), ((B, T), "float32"))]
+        arrays = [
+            jax.ShapeDtypeStruct(s, d)
+            for s, d in (((B, T, D), "float32"), ((D, V), "float32"), ((B, T), "int32"), ((B, T), "float32"))
+        ]
         loss = jax.jit(jax.grad(lambda x, w, y, m: cross_entropy(x, w, y, m, chunk).loss, (0, 1)))
         return loss.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 

@@ -113,7 +113,7 @@ def test_resume_with_another_batch_size_continues_at_the_same_row(rows):
 
 
 def test_hosts_must_divide_the_batch(rows):
-    with pytest.raises(DataError, match="train.batch=4 rows cannot be divided evenly among 3 hosts"):
+    with pytest.raises(DataError, match="train.global_batch=4 rows cannot be divided evenly among 3 hosts"):
         Batches(rows, 4, process_count=3)
 
 

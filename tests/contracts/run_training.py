@@ -1,4 +1,6 @@
-"""A small training run as a process of its own, to be killed: python run_training.py FOLDER STEPS [limit of a file's bytes]."""
+"""A small training run as a process of its own, to be killed: python run_training.py FOLDER STEPS [limit of a
+file's bytes].
+"""
 
 import dataclasses
 import os
@@ -26,7 +28,9 @@ class SlowBatches(Batches):
 
 
 def main(folder: str, steps: str, limit: str = "") -> None:
-    config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=2, steps=int(steps), save_every=3, log_every=2, keep=1)
+    config = dataclasses.replace(
+        EXACT, trainable=STAGE1, global_batch=2, steps=int(steps), save_every=3, log_every=2, keep=1
+    )
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     result = train(config, MODEL, lambda start, state: SlowBatches(start, rows=2), folder, progress=False)

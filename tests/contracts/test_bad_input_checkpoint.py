@@ -1,8 +1,11 @@
-"""Checkpoints that cannot be written, or are of another model: one sentence, and what was saved before is still there."""
+"""Checkpoints that cannot be written, or are of another model: one sentence, and what was saved before is
+still there.
+"""
 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,19 +38,15 @@ def saved(tmp_path_factory):
     return folder, jax.device_get(state)
 
 
-def open_again(folder):
-    return Checkpointer(folder)
-
-
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=1, tensor=4), None], ids=str)
 def test_restore_on_another_mesh_is_bit_equal(saved, mesh):
     folder, before = saved
     if mesh is None:
-        after, meta = open_again(folder).restore(states.abstract(MODEL, SMALL))
+        after, meta = Checkpointer(folder).restore(states.abstract(MODEL, SMALL))
     else:
         with rules.use(make_mesh(mesh)):
             goal = states.abstract(MODEL, SMALL)
-            after, meta = open_again(folder).restore(goal)
+            after, meta = Checkpointer(folder).restore(goal)
             for x, s in zip(jax.tree.leaves(after), jax.tree.leaves(goal)):
                 assert x.sharding.is_equivalent_to(s.sharding, x.ndim) and x.dtype == s.dtype
     assert meta["data"] == {"row": 17} and meta["step"] == 3 == int(after.step)
@@ -56,41 +55,64 @@ def test_restore_on_another_mesh_is_bit_equal(saved, mesh):
 
 def test_all_parameters_without_optimizer(saved):
     folder, before = saved
-    params, meta = open_again(folder).params()
+    params, meta = Checkpointer(folder).params()
     assert params.keys() == before.params.keys() and meta["config"] == {"train": {"lr": 1e-3}}
     jax.tree.map(np.testing.assert_array_equal, before.params, params)
     assert {len(x.sharding.device_set) for x in params.values()} == {1}
 
 
-@pytest.mark.parametrize("model, config, words", [
-    (dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, mlp=96)), SMALL, r"frozen parameter llm/blocks/mlp/down/kernel is bfloat16\[2, 64, 32\], this config's is bfloat16\[2, 96, 32\]"),
-    (dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, tie=True)), SMALL, r"frozen parameter llm/head/kernel is bfloat16\[32, 64\], this config's is absent"),
-    (MODEL, EXACT, r"trainable parameter llm/blocks/attn/k/kernel is absent, this config's is float32"),
-])  # fmt: skip
+OTHERS = [
+    (
+        dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, mlp=96)),
+        SMALL,
+        "frozen parameter llm/blocks/mlp/down/kernel is bfloat16[2, 64, 32], this config's is bfloat16[2, 96, 32]",
+    ),
+    (
+        dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, tie=True)),
+        SMALL,
+        "frozen parameter llm/head/kernel is bfloat16[32, 64], this config's is absent",
+    ),
+    (
+        MODEL,
+        EXACT,
+        "trainable parameter llm/blocks/attn/k/kernel is absent, this config's is float32[2, 32, 16]",
+    ),
+]
+
+
+@pytest.mark.parametrize("model, config, words", OTHERS)
 def test_a_checkpoint_of_another_model(saved, model, config, words):
-    with pytest.raises(CheckpointError, match=words) as caught:
-        open_again(saved[0]).restore(states.abstract(model, config))
+    with pytest.raises(CheckpointError, match=re.escape(words)) as caught:
+        Checkpointer(saved[0]).restore(states.abstract(model, config))
     assert str(saved[0]) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint: check the path of the run"):
-        open_again(tmp_path / "nothing").params()
+        Checkpointer(tmp_path / "nothing").params()
 
 
 def run_script(folder, *arguments):
     script = Path(__file__).with_name("run_training.py")
     env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, str(script), str(folder), *arguments], env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, str(script), str(folder), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def test_disk_full_while_saving(tmp_path):
-    """A limit on the size of files stands in for the full disk: the first checkpoint is written, the next one is not."""
+    """A limit on the size of files stands in for the full disk: the first checkpoint is written, the next one
+    is not.
+    """
     assert "ended: finished at 3" in run_script(tmp_path, "3").stdout
     full = run_script(tmp_path, "9", "3000")
     assert full.returncode != 0
-    sentence = full.stderr.strip().splitlines()[-1]
-    assert "could not be written to" in sentence and "the checkpoint of step 3 is intact: make room and start the same command again" in sentence
+    sentence = [line for line in full.stderr.splitlines() if "could not be written to" in line][-1]
+    assert "the checkpoint of step 3 is intact: make room and start the same command again" in sentence
     again = run_script(tmp_path, "9")
     assert "the checkpoint of step 3 is read" in again.stderr and "ended: finished at 9" in again.stdout
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 10))
@@ -109,7 +131,9 @@ def test_loss_that_is_not_finite(tmp_path):
     config = dataclasses.replace(SMALL, global_batch=2, steps=8, log_every=8, save_every=2)
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with pytest.raises(TrainingError) as caught:
-        train(config, MODEL, lambda start, state: Poisoned(start, rows=2), tmp_path, mesh=mesh, progress=False)
+        train(
+            config, MODEL, lambda start, state: Poisoned(start, rows=2), tmp_path, mesh=mesh, progress=False
+        )
     assert "step 4, whose batch holds samples [6, 7], has loss nan" in str(caught.value)
     assert "the checkpoint of step 2 is intact" in str(caught.value)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
@@ -120,5 +144,7 @@ def test_data_that_ends_too_early(tmp_path):
     config = dataclasses.replace(SMALL, global_batch=2, steps=8)
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     three = list(zip(range(3), (rows for _, rows in Batches(0, rows=2))))
-    with pytest.raises(TrainingError, match="the data ended after step 3 of 8: raise train.epochs or lower train.steps"):
+    with pytest.raises(
+        TrainingError, match="the data ended after step 3 of 8: raise train.epochs or lower train.steps"
+    ):
         train(config, MODEL, lambda start, state: iter(three), tmp_path, mesh=mesh, progress=False)

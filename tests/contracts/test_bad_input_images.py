@@ -83,7 +83,7 @@ def test_missing_images_are_skipped_and_counted(tmp_path):
     assert trained == set(range(len(records))) - set(hurt)
     with pytest.raises(
         DataError,
-        match=rf"^{len(hurt)} samples .*max_bad={len(hurt) - 1} .*2.png of record .* does not exist",
+        match=rf"^{len(hurt)} samples .*max_bad_samples={len(hurt) - 1}; .*2.png of record .* does not exist",
     ):
         Rows(records, encode, TINY, Packing(row_length=64, view_budget=4, max_bad=len(hurt) - 1))
 
@@ -139,7 +139,7 @@ def test_a_malformed_record_is_skipped_and_counted(tmp_path):
     assert Rows(records, picky, TINY, SMALL).manifest.notes == (
         (5, BAD, "data.json: record 5 has no conversations"),
     )
-    with pytest.raises(DataError, match="max_bad=0 .*record 5 has no conversations"):
+    with pytest.raises(DataError, match="max_bad_samples=0; .*record 5 has no conversations"):
         Rows(records, picky, TINY, Packing(row_length=64, view_budget=4, max_bad=0))
     with pytest.raises(DataError, match="none of the 1 records"):
         Rows(records[5:6], picky, TINY, SMALL)

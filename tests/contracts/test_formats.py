@@ -1,4 +1,6 @@
-"""Contract: what transformers saves we load, what we save it loads, tensors come back byte for byte and logits are equal."""
+"""Contract: what transformers saves we load, what we save it loads, tensors come back byte for byte and
+logits are equal.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def each(test):
 
 def contents(directory: Path) -> dict[str, tuple]:
     """{key: (dtype, shape, bytes)} of a model directory."""
-    return {name: (str(t.dtype), t.shape, t.read(full(t.shape)).tobytes()) for name, t in read_directory(directory).items()}
+    return {
+        name: (str(t.dtype), t.shape, t.read(full(t.shape)).tobytes())
+        for name, t in read_directory(directory).items()
+    }
 
 
 @each
@@ -39,7 +44,9 @@ def test_round_trip_is_byte_equal(directory, tmp_path):
     for max_shard in (5 * 10**9, 30_000):
         export(tmp_path, source.config, source.leaves, names="source", source=source, max_shard=max_shard)
         assert contents(tmp_path) == contents(directory)
-        assert json.loads((tmp_path / "config.json").read_text()) == json.loads((directory / "config.json").read_text())
+        assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+            (directory / "config.json").read_text()
+        )
 
 
 @each
@@ -49,7 +56,9 @@ def test_every_naming_holds_the_same_parameters(directory, tmp_path):
     for naming in [n for n in NAMINGS if n != "llava"]:
         export(tmp_path / naming, source.config, source.leaves, names=naming, source=source)
         back = open_checkpoint(tmp_path / naming)
-        assert back.naming == naming and back.config == source.config and back.image_token == source.image_token
+        assert (
+            back.naming == naming and back.config == source.config and back.image_token == source.image_token
+        )
         for path, value in want.items():
             assert back.read(path).tobytes() == value.tobytes(), path
 
@@ -64,29 +73,43 @@ def test_transformers_loads_what_we_write(directory, tmp_path):
     theirs = LlavaForConditionalGeneration.from_pretrained(directory).state_dict()
     for names in ("source", "hf"):
         export(tmp_path / names, source.config, source.leaves, names=names, source=source, max_shard=40_000)
-        model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / names, output_loading_info=True)
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            tmp_path / names, output_loading_info=True
+        )
         assert not any(info.values()), info
         ours = model.state_dict()
         assert ours.keys() == theirs.keys()
-        assert all(ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert all(
+            ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in theirs
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parity
 def test_logits_are_equal(variant, tmp_path):
-    """A model of ours, exported and run by transformers: two rows, one image and none, beyond the window and the rope's first range."""
+    """A model of ours, exported and run by transformers: two rows, one image and none, beyond the window and
+    the rope's first range.
+    """
     torch = pytest.importorskip("torch")
     from transformers import LlavaForConditionalGeneration
 
     config, params = VARIANTS[variant], random_params(VARIANTS[variant])
-    export(tmp_path, config, params, image_token=100, tokens={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    export(
+        tmp_path,
+        config,
+        params,
+        image_token=100,
+        tokens={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    )
     rng = np.random.default_rng(1)
     length, features = 70, config.vision.features
     ids = rng.integers(3, 99, (2, length))
     ids[0, 5 : 5 + features] = 100
     pixels = rng.normal(size=(1, 3, 28, 28)).astype(np.float32)
 
-    model = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         want = model(input_ids=torch.tensor(ids), pixel_values=torch.tensor(pixels)).logits.numpy()
 
@@ -96,7 +119,8 @@ def test_logits_are_equal(variant, tmp_path):
     images[0] = pixels.transpose(0, 2, 3, 1)
     batch = {
         "tokens": np.where(slots < 0, ids, 0).astype(np.int32), "image_slots": slots, "images": images,
-        "positions": np.tile(np.arange(length, dtype=np.int32), (2, 1)), "segments": np.ones(ids.shape, np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (2, 1)),
+        "segments": np.ones(ids.shape, np.int32),
     }  # fmt: skip
     ours = vlm.build(config, params)
     got = np.asarray(jax.jit(lambda batch: ours.logits(vlm.forward(ours, batch)))(batch))
@@ -111,7 +135,7 @@ def test_transformers_processor_of_an_export(variant, tmp_path):
     from PIL import Image
     from transformers import AutoProcessor
 
-    from vlm_jax.data.images import Preprocess, load_views
+    from vlm_jax.data.images import ImageSource, Preprocess, load_views
 
     config = VARIANTS[variant]
     word_level(["USER: what is this? ASSISTANT: a cat."], tmp_path / "tokenizer")
@@ -126,7 +150,7 @@ def test_transformers_processor_of_an_export(variant, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model")
     assert (made["input_ids"] == checkpoint.image_token).sum() == config.vision.features
     assert made["input_ids"][0, 0] == checkpoint.tokens["bos_token_id"]
-    views = load_views(tmp_path / "x.png", Preprocess.of(checkpoint.config))[0]
+    views = load_views(ImageSource(str(tmp_path / "x.png")), Preprocess.of(checkpoint.config))[0]
     ours = (np.asarray(views, np.float32) / 255 - config.vision.mean) / config.vision.std
     np.testing.assert_allclose(made["pixel_values"], ours.transpose(0, 3, 1, 2), atol=2e-5)
 

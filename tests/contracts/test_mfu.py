@@ -1,4 +1,6 @@
-"""Model FLOPs against the published table of LLaVA-1.5, and the rules: real work only, peaks from a table, never a guess."""
+"""Model FLOPs against the published table of LLaVA-1.5, and the rules: real work only, peaks from a table,
+never a guess.
+"""
 
 import dataclasses
 
@@ -25,8 +27,10 @@ def cost(config, patterns):
 
 # one sample with one image and this many real slots: TFLOP, as published analyses of LLaVA-1.5 give it
 TABLE = [
-    (SEVEN, STAGE2, 750, 30.6), (SEVEN, STAGE2, 850, 34.7), (SEVEN, STAGE2, 950, 38.8), (SEVEN, STAGE1, 610, 16.9),
-    (THIRTEEN, STAGE2, 750, 59.0), (THIRTEEN, STAGE2, 850, 66.9), (THIRTEEN, STAGE2, 950, 74.8), (THIRTEEN, STAGE1, 610, 32.3),
+    (SEVEN, STAGE2, 750, 30.6), (SEVEN, STAGE2, 850, 34.7),
+    (SEVEN, STAGE2, 950, 38.8), (SEVEN, STAGE1, 610, 16.9),
+    (THIRTEEN, STAGE2, 750, 59.0), (THIRTEEN, STAGE2, 850, 66.9),
+    (THIRTEEN, STAGE2, 950, 74.8), (THIRTEEN, STAGE1, 610, 32.3),
 ]  # fmt: skip
 
 
@@ -82,7 +86,8 @@ def test_gradients_that_do_not_exist_cost_nothing():
 
 
 @pytest.mark.parametrize("kind, peak", [
-    ("NVIDIA H200", 989.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU v4", 275e12),
+    ("NVIDIA H200", 989.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("TPU v6e", 918e12),
     ("cpu", None), ("NVIDIA H100 PCIe", None), ("TPU v4 lite", None), ("NVIDIA GeForce RTX 4090", None),
 ])  # fmt: skip
@@ -102,5 +107,6 @@ def test_unknown_device_reports_no_utilisation():
 
 def test_trained_biases_and_norms_are_free():
     assert cost(MODEL, EXACT.trainable) == flops.training_cost(
-        dataclasses.replace(MODEL), {p for p in states.select(EXACT.trainable, vlm.shapes(MODEL)) if p.endswith("kernel")}
+        dataclasses.replace(MODEL),
+        {p for p in states.select(EXACT.trainable, vlm.shapes(MODEL)) if p.endswith("kernel")},
     )

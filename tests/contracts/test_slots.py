@@ -1,4 +1,4 @@
-"""Contract 2: one function owns image size -> slots; truncation never cuts an image, and rejects are counted."""
+"""Contract 2: one function owns image size -> slots; no image is ever cut, and rejected samples are counted."""
 
 import dataclasses
 

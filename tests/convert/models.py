@@ -15,7 +15,20 @@ from vlm_jax.convert.shards import Planned, write_directory
 
 CLIP = VisionConfig(image_size=28, patch_size=7, width=24, layers=3, heads=3, mlp=48)
 SIGLIP = VisionConfig(
-    "siglip", 28, 7, 24, 3, 3, 48, "gelu_tanh", 1e-6, (-1,), "full", pooler_head=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    "siglip",
+    28,
+    7,
+    24,
+    3,
+    3,
+    48,
+    "gelu_tanh",
+    1e-6,
+    (-1,),
+    "full",
+    pooler_head=True,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
 )
 LLAMA = LLMConfig(vocab=104, width=32, mlp=72, layers=2, heads=4, kv_heads=2, head_dim=8, max_position=64)
 TINY = VLMConfig(CLIP, ProjectorConfig(), LLAMA, aspect="square")
@@ -32,15 +45,28 @@ def with_rope(**changes) -> VLMConfig:
 VARIANTS = {
     "plain": TINY,
     "siglip_pad": dataclasses.replace(TINY, vision=SIGLIP, aspect="pad"),
-    "full_two_layers": dataclasses.replace(TINY, vision=dataclasses.replace(CLIP, feature_layers=(0, -1), select="full", act="gelu")),
+    "full_two_layers": dataclasses.replace(
+        TINY, vision=dataclasses.replace(CLIP, feature_layers=(0, -1), select="full", act="gelu")
+    ),
     "mistral_window": with_llm(window=7, head_dim=12),
     "tied_biased": with_llm(tie=True, attention_bias=True, mlp_bias=True, act="relu"),
     "linear": with_rope(kind="linear", factor=3.0, theta=5e4),
     "dynamic": with_rope(kind="dynamic", factor=2.0),
     "yarn": with_rope(kind="yarn", factor=4.0, original_max_position=16),
-    "yarn_factor": with_rope(kind="yarn", factor=2.0, original_max_position=32, attention_factor=1.3, beta_fast=16.0, beta_slow=2.0),
-    "llama3": with_rope(kind="llama3", factor=8.0, original_max_position=16, low_freq_factor=1.0, high_freq_factor=4.0, theta=5e5),
-    "no_projector_bias": dataclasses.replace(TINY, projector=ProjectorConfig("mlp2x_gelu", "gelu_tanh", bias=False)),
+    "yarn_factor": with_rope(
+        kind="yarn", factor=2.0, original_max_position=32, attention_factor=1.3, beta_fast=16.0, beta_slow=2.0
+    ),
+    "llama3": with_rope(
+        kind="llama3",
+        factor=8.0,
+        original_max_position=16,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        theta=5e5,
+    ),
+    "no_projector_bias": dataclasses.replace(
+        TINY, projector=ProjectorConfig("mlp2x_gelu", "gelu_tanh", bias=False)
+    ),
 }
 
 
@@ -49,12 +75,23 @@ def random_params(config: VLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     stacks: dict[str, list] = {}
     for entry in names.entries(config):
-        scale = 1 + 0.1 * rng.normal(size=entry.shape) if entry.path.endswith("scale") else 0.2 * rng.normal(size=entry.shape)
-        stacks.setdefault(entry.path, []).append((entry.layer, scale.astype(np.float32).reshape(entry.layout.shape(entry.shape))))
-    return {path: parts[0][1] if parts[0][0] is None else np.stack([p for _, p in parts]) for path, parts in stacks.items()}
+        scale = (
+            1 + 0.1 * rng.normal(size=entry.shape)
+            if entry.path.endswith("scale")
+            else 0.2 * rng.normal(size=entry.shape)
+        )
+        stacks.setdefault(entry.path, []).append(
+            (entry.layer, scale.astype(np.float32).reshape(entry.layout.shape(entry.shape)))
+        )
+    return {
+        path: parts[0][1] if parts[0][0] is None else np.stack([p for _, p in parts])
+        for path, parts in stacks.items()
+    }
 
 
-def random_tensors(config: VLMConfig, rooms: tuple[str, ...], prefixes: dict[str, str], seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(
+    config: VLMConfig, rooms: tuple[str, ...], prefixes: dict[str, str], seed: int = 0
+) -> dict[str, np.ndarray]:
     """{prefix of its room + key: tensor} in the checkpoint's layout."""
     rng = np.random.default_rng(seed)
     return {
@@ -78,7 +115,9 @@ def llm_directory(directory: Path, config: VLMConfig = TINY, seed: int = 0) -> P
     return write_tensors(directory, tensors, llm_to_hf(config.llm) | {"bos_token_id": 1, "eos_token_id": 2})
 
 
-def tower_directory(directory: Path, config: VLMConfig = TINY, seed: int = 1, prefix: str = "vision_model.") -> Path:
+def tower_directory(
+    directory: Path, config: VLMConfig = TINY, seed: int = 1, prefix: str = "vision_model."
+) -> Path:
     """A CLIP or SigLIP tower on its own, as a full CLIP checkpoint holds it."""
     tensors = random_tensors(config, ("tower",), {"tower": prefix}, seed)
     tensors["logit_scale"] = np.zeros((), np.float32)

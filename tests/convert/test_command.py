@@ -1,4 +1,6 @@
-"""`convert` on whole directories: parts put together, original LLaVA, vocabularies that grow, and every kind of wrong input."""
+"""`convert` on whole directories: parts put together, original LLaVA, vocabularies that grow, and every kind
+of wrong input.
+"""
 
 import dataclasses
 import json
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.convert.models import (
-    CLIP, LLAMA, SIGLIP, TINY, VARIANTS, llm_directory, random_params, random_tensors, tower_directory, with_llm, write_tensors,
+    CLIP, LLAMA, SIGLIP, TINY, VARIANTS, llm_directory, random_params, random_tensors, tower_directory,
+    with_llm, write_tensors,
 )  # fmt: skip
 from vlm_jax.config import ProjectorConfig
 from vlm_jax.convert import torch_pickle
@@ -36,7 +39,15 @@ def assert_same(checkpoint, params, rows=None):
 @pytest.mark.parametrize("variant", ["plain", "siglip_pad", "tied_biased"])
 def test_every_naming_comes_back(tmp_path, naming, variant):
     config, params = VARIANTS[variant], random_params(VARIANTS[variant])
-    export(tmp_path / "x", config, params, names=naming, max_shard=20000, image_token=50, tokens={"pad_token_id": 0})
+    export(
+        tmp_path / "x",
+        config,
+        params,
+        names=naming,
+        max_shard=20000,
+        image_token=50,
+        tokens={"pad_token_id": 0},
+    )
     back = open_checkpoint(tmp_path / "x")
     assert back.naming == naming and back.config == config
     assert_same(back, params)
@@ -47,15 +58,24 @@ def test_original_llava_through_hf_and_back(tmp_path):
     tensors = random_tensors(config, ("llm", "head"), {"llm": "model.", "head": "lm_head."})
     tensors |= random_tensors(config, ("tower",), {"tower": "model.vision_tower.vision_tower.vision_model."})
     for n, (rows, columns) in enumerate([(32, 24), (32, 32)]):
-        tensors |= {f"model.mm_projector.{2 * n}.weight": np.ones((rows, columns), np.float32), f"model.mm_projector.{2 * n}.bias": np.ones(rows, np.float32)}
+        tensors |= {
+            f"model.mm_projector.{2 * n}.weight": np.ones((rows, columns), np.float32),
+            f"model.mm_projector.{2 * n}.bias": np.ones(rows, np.float32),
+        }
     original = tmp_path / "llava"
     original.mkdir()
     split = dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])
     names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     for name, part in zip(names, split):
         torch_pickle.save(original / name, part)
-    write_json(original / "pytorch_model.bin.index.json", {"weight_map": {k: name for name, part in zip(names, split) for k in part}})
-    write_json(original / "config.json", vlm_to_llava(config, {"bos_token_id": 1, "eos_token_id": 2}, "float16", None))
+    write_json(
+        original / "pytorch_model.bin.index.json",
+        {"weight_map": {k: name for name, part in zip(names, split) for k in part}},
+    )
+    write_json(
+        original / "config.json",
+        vlm_to_llava(config, {"bos_token_id": 1, "eos_token_id": 2}, "float16", None),
+    )
     first = open_checkpoint(original)
     assert (first.kind, first.naming, first.image_token) == ("llava", "llava", None)
 
@@ -65,8 +85,14 @@ def test_original_llava_through_hf_and_back(tmp_path):
     params = {path: leaf.read() for path, leaf in first.leaves.items()}
     assert_same(hf, params, rows=104)
     mean = params["llm/embed/embedding"].mean(0)
-    np.testing.assert_allclose(hf.read("llm/embed/embedding")[104:], np.broadcast_to(mean, (24, 32)), atol=1e-6)
-    np.testing.assert_allclose(hf.read("llm/head/kernel")[:, 104:].T, np.broadcast_to(params["llm/head/kernel"].mean(1), (24, 32)), atol=1e-6)
+    np.testing.assert_allclose(
+        hf.read("llm/embed/embedding")[104:], np.broadcast_to(mean, (24, 32)), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        hf.read("llm/head/kernel")[:, 104:].T,
+        np.broadcast_to(params["llm/head/kernel"].mean(1), (24, 32)),
+        atol=1e-6,
+    )
 
     convert_model(original, tmp_path / "again", names="source")
     again = open_checkpoint(tmp_path / "again")
@@ -76,14 +102,22 @@ def test_original_llava_through_hf_and_back(tmp_path):
 
 @pytest.mark.parametrize("tower", [CLIP, SIGLIP])
 def test_parts_put_together(tmp_path, tower):
-    config = dataclasses.replace(TINY, vision=dataclasses.replace(tower, mean=(0.5, 0.4, 0.3), feature_layers=(-1,)))
+    config = dataclasses.replace(
+        TINY, vision=dataclasses.replace(tower, mean=(0.5, 0.4, 0.3), feature_layers=(-1,))
+    )
     params = random_params(config, 3)
     llm, vision = llm_directory(tmp_path / "llm"), tower_directory(tmp_path / "tower", config)
-    write_json(vision / "preprocessor_config.json", {"image_mean": [0.5, 0.4, 0.3], "image_std": list(tower.std)})
+    write_json(
+        vision / "preprocessor_config.json", {"image_mean": [0.5, 0.4, 0.3], "image_std": list(tower.std)}
+    )
     stage1 = tmp_path / "stage1"
     stage1.mkdir()
     export_projector(stage1 / "mm_projector.bin", config, params, dtype="bf16")
-    settings = {"mm_vision_select_layer": -1, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
+    settings = {
+        "mm_vision_select_layer": -1,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+    }
     write_json(stage1 / "config.json", settings)
 
     for projector in (stage1, stage1 / "mm_projector.bin"):
@@ -104,7 +138,10 @@ def test_parts_put_together(tmp_path, tower):
 
 def test_an_original_checkpoint_finds_its_tower(tmp_path):
     tensors = random_tensors(TINY, ("llm", "head"), {"llm": "model.", "head": "lm_head."})
-    tensors |= {"model.mm_projector.weight": np.ones((32, 24), np.float32), "model.mm_projector.bias": np.ones(32, np.float32)}
+    tensors |= {
+        "model.mm_projector.weight": np.ones((32, 24), np.float32),
+        "model.mm_projector.bias": np.ones(32, np.float32),
+    }
     config = dataclasses.replace(TINY, projector=ProjectorConfig("linear"))
     directory = write_tensors(tmp_path / "llava", tensors, vlm_to_llava(config, {}, "float32", "tower"))
     tower_directory(directory / "tower")
@@ -122,7 +159,9 @@ def test_partial_and_placed(tmp_path):
         open_checkpoint(llm)
     wanted = with_llm(vocab=110)
     opened = open_checkpoint(llm, vision=vision, config=wanted, vocab=110, partial=True)
-    assert set(opened.missing) == {f"projector/layer_{i}/{part}" for i in (0, 1) for part in ("kernel", "bias")}
+    assert set(opened.missing) == {
+        f"projector/layer_{i}/{part}" for i in (0, 1) for part in ("kernel", "bias")
+    }
     seen = []
 
     def place(path, shape, dtype, read):
@@ -142,9 +181,15 @@ def test_export_of_a_trained_model_with_its_tokenizer(tmp_path):
     config, params = with_llm(vocab=18), random_params(with_llm(vocab=18))
     for path in [p for p in params if p.startswith("tower/unused/")]:
         del params[path]
-    export(tmp_path / "x", config, params, tokenizer=tmp_path / "tokenizer", dtype="bf16", chat_template="hello")
+    export(
+        tmp_path / "x", config, params, tokenizer=tmp_path / "tokenizer", dtype="bf16", chat_template="hello"
+    )
     raw = json.loads((tmp_path / "x" / "config.json").read_text())
-    assert raw["torch_dtype"] == "bfloat16" and raw["pad_token_id"] == 3 and raw["text_config"]["eos_token_id"] == 2
+    assert (
+        raw["torch_dtype"] == "bfloat16"
+        and raw["pad_token_id"] == 3
+        and raw["text_config"]["eos_token_id"] == 2
+    )
     assert (tmp_path / "x" / "chat_template.jinja").read_text() == "hello"
     back = open_checkpoint(tmp_path / "x")
     size = len(json.loads((tmp_path / "x" / "tokenizer.json").read_text())["model"]["vocab"])
@@ -156,7 +201,18 @@ def test_export_of_a_trained_model_with_its_tokenizer(tmp_path):
 def test_the_command(tmp_path, capsys):
     export(tmp_path / "x", TINY, random_params(TINY), image_token=50)
     (tmp_path / "run").mkdir()
-    assert convert(**{"from": str(tmp_path / "x"), "to": str(tmp_path / "y"), "vision": "", "dtype": "bfloat16", "names": "hf_5"}) == 0
+    assert (
+        convert(
+            **{
+                "from": str(tmp_path / "x"),
+                "to": str(tmp_path / "y"),
+                "vision": "",
+                "dtype": "bfloat16",
+                "names": "hf_5",
+            }
+        )
+        == 0
+    )
     assert "llava_hf model of" in capsys.readouterr().out
     assert open_checkpoint(tmp_path / "y").dtype == "bfloat16"
     assert convert(**{"from": str(tmp_path / "y"), "to": str(tmp_path / "mm_projector.bin")}) == 0
@@ -190,13 +246,20 @@ def changed(part, **values):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (changed("text_config", hidden_size=64), r"model\.safetensors is the checkpoint of another model: language_model\.model\.embed_tokens\.weight "
-     r"has shape \[104, 32\], by the config it should have \[104, 64\]"),
-    (changed("text_config", vocab_size=96), r"has shape \[104, 32\], by the config it should have \[96, 32\]"),
-    (changed("text_config", num_hidden_layers=3), r"incomplete or the checkpoint of another model: .* should have .*layers\.2.* and \d+ more"),
-    (changed("text_config", num_hidden_layers=1), r"another model: by its config it should not have .*layers\.1.* and \d+ more"),
-    (changed("text_config", attention_bias=True), r"should have language_model\.model\.layers\.0\.self_attn\.q_proj\.bias"),
-    (lambda raw: {**raw, "model_type": "idefics"}, r"config\.json is of model_type 'idefics', not a LLaVA model"),
+    (changed("text_config", hidden_size=64),
+     r"model\.safetensors is the checkpoint of another model: "
+     r"language_model\.model\.embed_tokens\.weight has shape \[104, 32\], by the config it should "
+     r"have \[104, 64\]"),
+    (changed("text_config", vocab_size=96),
+     r"has shape \[104, 32\], by the config it should have \[96, 32\]"),
+    (changed("text_config", num_hidden_layers=3),
+     r"incomplete or the checkpoint of another model: .* should have .*layers\.2.* and \d+ more"),
+    (changed("text_config", num_hidden_layers=1),
+     r"another model: by its config it should not have .*layers\.1.* and \d+ more"),
+    (changed("text_config", attention_bias=True),
+     r"should have language_model\.model\.layers\.0\.self_attn\.q_proj\.bias"),
+    (lambda raw: {**raw, "model_type": "idefics"},
+     r"config\.json is of model_type 'idefics', not a LLaVA model"),
     (lambda raw: {**raw, "model_type": "clip"}, r"give it with --vision"),
 ])  # fmt: skip
 def test_the_checkpoint_of_another_model(tmp_path, change, sentence):
@@ -207,10 +270,19 @@ def test_the_checkpoint_of_another_model(tmp_path, change, sentence):
 
 def test_wrong_parts(tmp_path):
     llm, tower = llm_directory(tmp_path / "llm"), tower_directory(tmp_path / "tower")
-    with pytest.raises(CheckpointError, match="llm has no tensor of a vision tower, it has model.embed_tokens.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match="llm has no tensor of a vision tower, it has lm_head.weight, model.embed_tokens.weight",
+    ):
         open_checkpoint(llm, vision=llm)
-    with pytest.raises(CheckpointError, match="tower is the checkpoint of another model: resnet.conv1 belongs to no part"):
-        write_tensors(tmp_path / "resnet", {"resnet.conv1": np.zeros(3, np.float32)}, json.loads((tower / "config.json").read_text()))
+    with pytest.raises(
+        CheckpointError, match="tower is the checkpoint of another model: resnet.conv1 belongs to no part"
+    ):
+        write_tensors(
+            tmp_path / "resnet",
+            {"resnet.conv1": np.zeros(3, np.float32)},
+            json.loads((tower / "config.json").read_text()),
+        )
         shutil.copy(tmp_path / "resnet" / "model.safetensors", tower / "model.safetensors")
         open_checkpoint(llm, vision=tower)
     (tmp_path / "adapter").mkdir()

@@ -14,7 +14,10 @@ def test_entries_are_the_models_parameters(variant):
     shapes: dict[str, list] = {}
     for entry in names.entries(config):
         shapes.setdefault(entry.path, []).append((entry.layer, entry.layout.shape(entry.shape)))
-    ours = {path: (len(parts), *parts[0][1]) if parts[0][0] is not None else parts[0][1] for path, parts in shapes.items()}
+    ours = {
+        path: (len(parts), *parts[0][1]) if parts[0][0] is not None else parts[0][1]
+        for path, parts in shapes.items()
+    }
     assert ours == {path: s.shape for path, s in vlm.shapes(config).items()}
     for path, parts in shapes.items():
         assert [layer for layer, _ in parts] in ([None], list(range(len(parts)))), path
@@ -49,7 +52,8 @@ def test_prefixes(key, place):
 
 
 @pytest.mark.parametrize("key", [
-    "model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids", "logit_scale",
+    "model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids",
+    "logit_scale",
     "text_model.encoder.layers.0.mlp.fc1.weight", "visual_projection.weight",
 ])  # fmt: skip
 def test_buffers_and_text_towers_are_ignored(key):

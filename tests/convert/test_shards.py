@@ -15,11 +15,24 @@ from safetensors.numpy import save_file
 from vlm_jax.convert import shards
 from vlm_jax.convert.files import replacing, staging
 from vlm_jax.convert.shards import Planned, plan_shards, read_directory, write_directory, write_file
-from vlm_jax.convert.tensors import AS_IS, PATCH, TRANSPOSE, VECTOR, CheckpointError, Leaf, Tensor, full, grown, resolve
+from vlm_jax.convert.tensors import (
+    AS_IS,
+    PATCH,
+    TRANSPOSE,
+    VECTOR,
+    CheckpointError,
+    Leaf,
+    Tensor,
+    full,
+    grown,
+    resolve,
+)
 
 
 def planned(arrays: dict) -> list[Planned]:
-    return [Planned(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()]
+    return [
+        Planned(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()
+    ]
 
 
 ARRAYS = {
@@ -49,7 +62,8 @@ def test_shards_and_index(tmp_path, limit):
     else:
         content = json.loads(index.read_text())
         assert content["metadata"] == {
-            "total_size": sum(a.nbytes for a in ARRAYS.values()), "total_parameters": sum(a.size for a in ARRAYS.values())
+            "total_size": sum(a.nbytes for a in ARRAYS.values()),
+            "total_parameters": sum(a.size for a in ARRAYS.values())
         }  # fmt: skip
         assert all(name == f"model-{i:05d}-of-{len(set(content['weight_map'].values())):05d}.safetensors"
                    for i, name in enumerate(sorted(set(content["weight_map"].values())), 1))  # fmt: skip
@@ -69,10 +83,17 @@ def test_every_tensor_is_in_one_shard_in_order(sizes, limit):
 @given(st.data())
 def test_leaf_slices(data):
     """A slice of a stacked, laid-out parameter is that slice of the whole."""
-    layout, shape = data.draw(st.sampled_from([(AS_IS, (5, 4)), (AS_IS, (6,)), (TRANSPOSE, (3, 7)), (PATCH, (4, 3, 2, 2)), (VECTOR, (1, 1, 5))]))
+    layout, shape = data.draw(
+        st.sampled_from(
+            [(AS_IS, (5, 4)), (AS_IS, (6,)), (TRANSPOSE, (3, 7)), (PATCH, (4, 3, 2, 2)), (VECTOR, (1, 1, 5))]
+        )
+    )
     layers = data.draw(st.integers(1, 3))
     values = np.random.default_rng(0).normal(size=(layers, *shape)).astype(np.float32)
-    tensors = tuple(Tensor(str(i), shape, values.dtype, "x", lambda index, v=v: v[resolve(index, shape)]) for i, v in enumerate(values))
+    tensors = tuple(
+        Tensor(str(i), shape, values.dtype, "x", lambda index, v=v: v[resolve(index, shape)])
+        for i, v in enumerate(values)
+    )
     stacked = data.draw(st.booleans())
     leaf = Leaf("p", tensors if stacked else tensors[:1], layout, stacked)
     whole = leaf.read()
@@ -105,7 +126,9 @@ def test_damage_is_named(tmp_path):
     save_file({"other": np.zeros(2)}, tmp_path / "model-00002-of-00003.safetensors")
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors lacks the tensor b"):
         read_directory(tmp_path)
-    (tmp_path / "model-00002-of-00003.safetensors").write_bytes((tmp_path / "model-00001-of-00003.safetensors").read_bytes()[:-7])
+    (tmp_path / "model-00002-of-00003.safetensors").write_bytes(
+        (tmp_path / "model-00001-of-00003.safetensors").read_bytes()[:-7]
+    )
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is damaged"):
         read_directory(tmp_path)
     (tmp_path / shards.INDEX).write_text("{")
@@ -122,9 +145,13 @@ def test_a_full_disk_leaves_the_old_export(tmp_path):
     with staging(target) as stage:
         write_directory(stage, planned(ARRAYS), 30)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    with pytest.raises(CheckpointError, match=r"model could not be written \(No space left on device\): nothing"):
+    with pytest.raises(
+        CheckpointError, match=r"model could not be written \(No space left on device\): nothing"
+    ):
         with staging(target) as stage:
-            write_directory(stage, planned({k: v + 1 for k, v in ARRAYS.items() if k != "d"}), 30, progress=full_disk)
+            write_directory(
+                stage, planned({k: v + 1 for k, v in ARRAYS.items() if k != "d"}), 30, progress=full_disk
+            )
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     with pytest.raises(CheckpointError, match="fresh could not be written"):
         with staging(tmp_path / "fresh") as stage:

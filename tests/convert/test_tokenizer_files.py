@@ -1,4 +1,6 @@
-"""Tokenizer files of an export: ids unchanged, `<image>` and `<pad>` added, SentencePiece turned into an exact tokenizer.json."""
+"""Tokenizer files of an export: ids unchanged, `<image>` and `<pad>` added, SentencePiece turned into an
+exact tokenizer.json.
+"""
 
 import json
 import random
@@ -57,14 +59,36 @@ def test_sentencepiece_becomes_an_exact_tokenizer_json(tmp_path, legacy):
     model = needs_shared("tokenizers/llama2.model")
     (tmp_path / "old").mkdir()
     shutil.copy(model, tmp_path / "old" / "tokenizer.model")
-    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "pad_token": "<unk>", "unk_token": "<unk>"}))
+    (tmp_path / "old" / "tokenizer_config.json").write_text(
+        json.dumps({"legacy": legacy, "pad_token": "<unk>", "unk_token": "<unk>"})
+    )
     made = for_export(tmp_path / "old")
-    assert (made.image_token, made.tokens) == (32000, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001})
+    assert (made.image_token, made.tokens) == (
+        32000,
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001},
+    )
     new = load_tokenizer(install(made.files, tmp_path / "new"))
     added = [AddedToken("<image>", 32000), AddedToken("<pad>", 32001)]
     old = load_tokenizer(model, legacy=legacy, added=added, pad="<pad>")
     rng = random.Random(0)
-    words = ["USER", ":", " ", "  ", "\n", "\t", "wörd", "日本", "😀", "it's", "3.14", "\u00a0", "</s>", "<image>", "e\u0301", "ASSISTANT:"]
+    words = [
+        "USER",
+        ":",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "wörd",
+        "日本",
+        "😀",
+        "it's",
+        "3.14",
+        "\u00a0",
+        "</s>",
+        "<image>",
+        "e\u0301",
+        "ASSISTANT:",
+    ]
     for _ in range(300):
         text = "".join(rng.choices(words, k=rng.randrange(12)))
         assert new.encode(text) == old.encode(text), text

@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from vlm_jax.convert import torch_pickle
 from vlm_jax.convert.tensors import CheckpointError, full
 
-DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_]
+DTYPES = [
+    np.float32,
+    np.float16,
+    ml_dtypes.bfloat16,
+    np.float64,
+    np.int64,
+    np.int32,
+    np.int16,
+    np.int8,
+    np.uint8,
+    np.bool_,
+]
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,14 +65,19 @@ def legacy(value) -> bytes:
     return b"".join(pickle.dumps(part, protocol=2) for part in parts)
 
 
-@pytest.mark.parametrize("call, args", [(os.system, ("touch {mark}",)), (eval, ("open('{mark}', 'w')",)), (getattr, ("x", "upper"))])
+@pytest.mark.parametrize(
+    "call, args",
+    [(os.system, ("touch {mark}",)), (eval, ("open('{mark}', 'w')",)), (getattr, ("x", "upper"))],
+)
 @pytest.mark.parametrize("style", ["zip", "legacy"])
 def test_code_is_refused_and_not_run(tmp_path, call, args, style):
     mark = tmp_path / "ran"
     evil = {"a": Code(call, *(a.format(mark=mark) for a in args))}
     path = tmp_path / "model.bin"
     write_zip(path, pickle.dumps(evil, protocol=2)) if style == "zip" else path.write_bytes(legacy(evil))
-    with pytest.raises(CheckpointError, match=rf"model\.bin holds the Python object .*{call.__name__}.* not run"):
+    with pytest.raises(
+        CheckpointError, match=rf"model\.bin holds the Python object .*{call.__name__}.* not run"
+    ):
         torch_pickle.load(path)
     assert not mark.exists()
 
@@ -85,7 +101,9 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path):
     torch_pickle.save(tmp_path / "x.bin", {"a": np.zeros((4, 4), np.float32)})
     with zipfile.ZipFile(tmp_path / "x.bin") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    files["x/data.pkl"] = files["x/data.pkl"].replace(b"J" + struct.pack("<i", 4) * 1, b"J" + struct.pack("<i", 4096))
+    files["x/data.pkl"] = files["x/data.pkl"].replace(
+        b"J" + struct.pack("<i", 4) * 1, b"J" + struct.pack("<i", 4096)
+    )
     with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
@@ -96,7 +114,11 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path):
 def test_damaged_files(tmp_path):
     torch_pickle.save(tmp_path / "x.bin", {"a": np.zeros((4, 4), np.float32)})
     whole = (tmp_path / "x.bin").read_bytes()
-    for name, content in (("half.bin", whole[: len(whole) // 2]), ("text.bin", b"version https://git-lfs"), ("empty.bin", b"")):
+    for name, content in (
+        ("half.bin", whole[: len(whole) // 2]),
+        ("text.bin", b"version https://git-lfs"),
+        ("empty.bin", b""),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"{name} is damaged or not a file written by torch.save"):
             torch_pickle.load(tmp_path / name)
@@ -127,8 +149,10 @@ def test_torch_writes_and_we_read(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     linear = torch.nn.Linear(3, 2)
     values = {
-        "transposed": base.t(), "window": base[1:3, 2:5], "every_other": base[:, ::2], "expanded": base[:1].expand(4, 6),
-        "parameter": torch.nn.Parameter(base[0]), "bf16": base.bfloat16(), "scalar": torch.tensor(2), "empty": torch.zeros(0, 3),
+        "transposed": base.t(), "window": base[1:3, 2:5], "every_other": base[:, ::2],
+        "expanded": base[:1].expand(4, 6),
+        "parameter": torch.nn.Parameter(base[0]), "bf16": base.bfloat16(), "scalar": torch.tensor(2),
+        "empty": torch.zeros(0, 3),
         "u16": torch.arange(3).to(torch.uint16), "shared": base,
     }  # fmt: skip
     for zipped in (True, False):
@@ -137,9 +161,15 @@ def test_torch_writes_and_we_read(tmp_path):
         got = torch_pickle.read_tensors(tmp_path / "x.bin")
         for key, value in {**kept, **linear.state_dict()}.items():
             tensor = got[key]
-            np.testing.assert_array_equal(tensor.read(full(tensor.shape)).astype(np.float64), value.detach().double().numpy(), err_msg=key)
+            np.testing.assert_array_equal(
+                tensor.read(full(tensor.shape)).astype(np.float64),
+                value.detach().double().numpy(),
+                err_msg=key,
+            )
     torch.save(linear, tmp_path / "module.bin")
-    with pytest.raises(CheckpointError, match=r"module.bin holds the Python object torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(
+        CheckpointError, match=r"module.bin holds the Python object torch\.nn\.modules\.linear\.Linear"
+    ):
         torch_pickle.load(tmp_path / "module.bin")
 
 

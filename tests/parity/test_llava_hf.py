@@ -1,4 +1,6 @@
-"""Our model against transformers 5.23 on every HF checkpoint directory of goldens/llava_hf (reference.npz; float32, 2e-4)."""
+"""Our model against transformers 5.23 on every HF checkpoint directory of goldens/llava_hf (reference.npz;
+float32, 2e-4).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Golden:
     def rows(self, ids: np.ndarray, mask: np.ndarray, counts) -> list[np.ndarray]:
         """Float32 logits [n, V] of the n unpadded slots of each row."""
         pixels = self.want["pixel_values"][: sum(counts)]
-        batch = row_batch(self.checkpoint.config, self.checkpoint.image_token, ids, mask, pixels, counts, self.shape)
+        batch = row_batch(
+            self.checkpoint.config, self.checkpoint.image_token, ids, mask, pixels, counts, self.shape
+        )
         got = np.asarray(self.run(self.params, batch))
         return [got[r][batch["segments"][r] == 1] for r in range(len(ids))]
 
@@ -86,7 +90,8 @@ def test_single_row_and_text_only(directory):
 
 @each
 def test_generated_ids_are_the_greedy_ones(directory):
-    """One pass over prompt + continuation: every new id is the argmax at the slot before it, up to the end of the row.
+    """One pass over prompt + continuation: every new id is the argmax at the slot before it, up to the end of
+    the row.
 
     Not for dynamic RoPE, whose cache keeps keys rotated with the frequencies of the step that wrote them.
     """

@@ -1,4 +1,6 @@
-"""torch.save files of goldens/llava_model/*_bin: zip and legacy format, f32 / bf16 / f16, strided, Parameter and scalar tensors."""
+"""torch.save files of goldens/llava_model/*_bin: zip and legacy format, f32 / bf16 / f16, strided, Parameter
+and scalar tensors.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,14 @@ def each(test):
 
 
 def reference(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of one file: `<kind>:<key>` where the file is called `<kind>`, `<something>_<kind>` or `<kind>_<something>`."""
+    """Arrays of one file: `<kind>:<key>` where the file is called `<kind>`, `<something>_<kind>` or
+    `<kind>_<something>`.
+    """
     with np.load(path.parent / "reference.npz") as file:
         kinds = {key.partition(":")[0] for key in file.files}
-        (kind,) = [k for k in kinds if k == path.stem or path.stem.endswith(f"_{k}") or path.stem.startswith(f"{k}_")]
+        (kind,) = [
+            k for k in kinds if k == path.stem or path.stem.endswith(f"_{k}") or path.stem.startswith(f"{k}_")
+        ]
         return {key.partition(":")[2]: file[key] for key in file.files if key.startswith(f"{kind}:")}
 
 
@@ -34,7 +40,9 @@ def test_reads_without_torch(path):
     assert got.keys() == want.keys()
     for key, tensor in got.items():
         assert tensor.shape == want[key].shape
-        np.testing.assert_array_equal(tensor.read(full(tensor.shape)).astype(want[key].dtype), want[key], err_msg=key)
+        np.testing.assert_array_equal(
+            tensor.read(full(tensor.shape)).astype(want[key].dtype), want[key], err_msg=key
+        )
 
 
 @each

@@ -1,4 +1,6 @@
-"""Updates of the original trainer: losses, learning rates, gradient norms and weights, micro-batches averaged as HF does."""
+"""Updates of the original trainer: losses, learning rates, gradient norms and weights, micro-batches averaged
+as HF does.
+"""
 
 import json
 import re
@@ -23,9 +25,19 @@ def recipe(info: dict, trainable: tuple[str, ...]) -> TrainConfig:
     hyper = info["hyper"]
     projector_lr = hyper.get("mm_projector_lr")
     return TrainConfig(
-        trainable=trainable, steps=hyper["steps"], accum=hyper.get("grad_accum", 1), lr=hyper["lr"], weight_decay=hyper["wd"],
-        group_lrs=((r"^projector/", projector_lr),) if projector_lr is not None else (), warmup_ratio=hyper["warmup_ratio"],
-        clip_norm=hyper.get("max_grad_norm"), dtype="float32", vision_dtype="float32", frozen_dtype="float32", remat="full", loss_chunk=16,
+        trainable=trainable,
+        steps=hyper["steps"],
+        accum=hyper.get("grad_accum", 1),
+        lr=hyper["lr"],
+        weight_decay=hyper["wd"],
+        group_lrs=((r"^projector/", projector_lr),) if projector_lr is not None else (),
+        warmup_ratio=hyper["warmup_ratio"],
+        clip_norm=hyper.get("max_grad_norm"),
+        dtype="float32",
+        vision_dtype="float32",
+        frozen_dtype="float32",
+        remat="full",
+        loss_chunk=16,
         compat=Compat(loss_normalisation="per_microbatch", zero_first_lr=True),
     )
 
@@ -57,7 +69,9 @@ def test_updates(path):
     z = np.load(path)
     info = json.loads(str(z["info_json"]))
     shared = json.loads((GOLDENS / "llava_model/config.json").read_text())
-    model = golden_model.model_config(shared | {key: info[key] for key in ("llm_config", "mm", "vision_config") if key in info})
+    model = golden_model.model_config(
+        shared | {key: info[key] for key in ("llm_config", "mm", "vision_config") if key in info}
+    )
     tower = golden_model.weights_of(np.load(GOLDENS / "llava_model/weights.npz"))
     tower = {name: value for name, value in tower.items() if "vision_tower" in name}
     params = golden_model.params_from(tower | golden_model.weights_of(z), model)
@@ -76,9 +90,13 @@ def test_updates(path):
     step = make_step(model, config, {})
     for update, wanted in enumerate(info["steps"]):
         part = micros[update * config.accum : (update + 1) * config.accum]
-        batch = split_micro_batches({key: np.concatenate([m[key] for m in part]) for key in part[0]}, config.accum)
+        batch = split_micro_batches(
+            {key: np.concatenate([m[key] for m in part]) for key in part[0]}, config.accum
+        )
         factor = optimizer.rate_factor(config, update, config.steps)
-        assert [group["lr"] * factor for group in info["groups"]] == pytest.approx(wanted["lrs"], rel=1e-9, abs=1e-18)
+        assert [group["lr"] * factor for group in info["groups"]] == pytest.approx(
+            wanted["lrs"], rel=1e-9, abs=1e-18
+        )
         state, metrics = step(state, batch, np.float32(factor))
         np.testing.assert_allclose(metrics["micro_losses"], wanted["losses"], atol=1e-5)
         np.testing.assert_allclose(metrics["loss"], np.mean(wanted["losses"]), atol=1e-5)
@@ -96,7 +114,9 @@ def compare(model, z, before: dict[str, np.ndarray], after: dict[str, np.ndarray
 
     for name, value in original(z, "after:").items():
         path, _ = golden_model.our_name(name, model)
-        np.testing.assert_allclose(ours(after, name), golden_model.our_value(path, value), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            ours(after, name), golden_model.our_value(path, value), atol=1e-5, err_msg=name
+        )
     for name, norm in zip(z["delta_norm_names"], z["delta_norms"]):
         moved = np.linalg.norm(ours(after, str(name)) - ours(before, str(name)))
         np.testing.assert_allclose(moved, norm, rtol=1e-3, atol=1e-6, err_msg=str(name))

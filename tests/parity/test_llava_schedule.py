@@ -8,14 +8,20 @@ from tests.goldens import cases
 from vlm_jax.train.optimizer import rate_factor
 from vlm_jax.train.options import Compat, TrainConfig
 
-CASES = [(path, i) for path in cases("llava", "lr_schedule*.json") for i in range(len(json.loads(path.read_text())))]
+CASES = [
+    (path, i)
+    for path in cases("llava", "lr_schedule*.json")
+    for i in range(len(json.loads(path.read_text())))
+]
 
 
 @pytest.mark.parametrize("path, index", CASES, ids=[f"{path.stem}-{index}" for path, index in CASES])
 def test_rates(path, index):
     case = json.loads(path.read_text())[index]
     kind = case.get("schedule", "cosine")
-    config = TrainConfig(lr=case["lr"], warmup_ratio=case["warmup_ratio"], schedule=kind, compat=Compat(zero_first_lr=True))
+    config = TrainConfig(
+        lr=case["lr"], warmup_ratio=case["warmup_ratio"], schedule=kind, compat=Compat(zero_first_lr=True)
+    )
     total = case["total_steps"]
     rates = [config.lr * rate_factor(config, update, total) for update in range(total + 1)]
     assert rates[:-1] == pytest.approx(case["lr_used_at_step"], rel=1e-9, abs=1e-18)

@@ -1,8 +1,8 @@
 """The body of `python -m vlm_jax convert`: one model directory in, another out, streaming.
 
-    convert --from LLAVA_DIR --to HF_DIR [--dtype bfloat16] [--names hf|source|llava] [--max_shard 5GB]
-    convert --from VICUNA_DIR --vision CLIP_DIR --projector mm_projector.bin --to HF_DIR
-    convert --from LLAVA_DIR --to mm_projector.bin
+convert --from LLAVA_DIR --to HF_DIR [--dtype bfloat16] [--names hf|source|llava] [--max_shard 5GB]
+convert --from VICUNA_DIR --vision CLIP_DIR --projector mm_projector.bin --to HF_DIR
+convert --from LLAVA_DIR --to mm_projector.bin
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ def convert(**flags: str) -> int:
     """The command, called with its flags (`from`, `to`, ...; "" = not given); returns the exit code."""
     flags = {name: value for name, value in flags.items() if value not in ("", None)}
     if "from" not in flags:
-        raise CheckpointError("convert needs --from: the LLaVA directory, or the language model of one put together with --vision")
+        raise CheckpointError(
+            "convert needs --from: the LLaVA directory, or the language model of one put together with "
+            "--vision"
+        )
     source, target = flags.pop("from"), flags.pop("to")
     checkpoint = convert_model(source, target, **flags)
-    print(f"{target}: {checkpoint.kind} model of {source}, {sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values()) / 1e6:.1f} M parameters")
+    print(
+        f"{target}: {checkpoint.kind} model of {source}, "
+        f"{sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values()) / 1e6:.1f} M parameters"
+    )
     return 0
 
 
@@ -49,12 +55,15 @@ def convert_model(
 ) -> Checkpoint:
     """Convert directory `source` to `target`; a target ending in .bin takes the projector alone.
 
-    Parts given apart replace those of `source`; `tower` is what an original config.json names as mm_vision_tower. Returns the checkpoint
-    that was read; errors are CheckpointError, one sentence each.
+    Parts given apart replace those of `source`; `tower` is what an original config.json names as
+    mm_vision_tower. Returns the checkpoint that was read; errors are CheckpointError, one sentence each.
     """
     source = _model_directory(Path(source))
     if os.path.realpath(source) == os.path.realpath(target):
-        raise CheckpointError(f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another directory")
+        raise CheckpointError(
+            f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another "
+            "directory"
+        )
     dtype = LONG_NAMES.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"--dtype={dtype} is unknown: use {', '.join(LONG_NAMES)}")
@@ -90,7 +99,10 @@ def _model_directory(source: Path) -> Path:
         return source
     if (source / "export" / "config.json").is_file():
         return source / "export"
-    raise CheckpointError(f"{source} is a training run without an export: start it again with the same config, a finished run writes one")
+    raise CheckpointError(
+        f"{source} is a training run without an export: start it again with the same config, a finished run "
+        "writes one"
+    )
 
 
 def parse_size(text: str | int) -> int:

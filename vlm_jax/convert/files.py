@@ -1,7 +1,7 @@
 """Writing a directory so that a full disk or a crash never leaves half a file in place of a good one.
 
-    DIR/.partial-<process>/...   everything is written here first
-    DIR/...                      then renamed, file by file, config files last
+DIR/.partial-<process>/...   everything is written here first
+DIR/...                      then renamed, file by file, config files last
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from vlm_jax.convert.tensors import CheckpointError
 
 @contextlib.contextmanager
 def staging(directory: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into; on success its files replace those of `directory`, on failure nothing there changes.
+    """A folder to write into; on success its files replace those of `directory`, on failure nothing there
+    changes.
 
-    An OSError (disk full, no permission) becomes one CheckpointError that names the directory. Weight files of an earlier export that
-    the new one does not hold (other shards, other format) are removed, so that no reader mixes the two.
+    An OSError (disk full, no permission) becomes one CheckpointError that names the directory. Weight files
+    of an earlier export that the new one does not hold (other shards, other format) are removed, so that no
+    reader mixes the two.
     """
     target = Path(directory)
     existed = target.is_dir()
@@ -32,7 +34,9 @@ def staging(directory: str | os.PathLike) -> Iterator[Path]:
         _install(stage, target)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"{target} could not be written ({reason}): nothing that was there before has changed") from error
+        raise CheckpointError(
+            f"{target} could not be written ({reason}): nothing that was there before has changed"
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if not existed and target.is_dir() and not any(target.iterdir()):
@@ -40,7 +44,9 @@ def staging(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def _install(stage: Path, target: Path) -> None:
-    """Rename every staged file into `target`: weights first, then their index, then the configs that announce them."""
+    """Rename every staged file into `target`: weights first, then their index, then the configs that announce
+    them.
+    """
     files = sorted(stage.iterdir(), key=lambda f: (f.suffix == ".json", f.name == "config.json", f.name))
     new = {f.name for f in files}
     for file in files:
@@ -70,7 +76,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, target)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"{target} could not be written ({reason}): nothing that was there before has changed") from error
+        raise CheckpointError(
+            f"{target} could not be written ({reason}): nothing that was there before has changed"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -87,4 +95,6 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """`value` as indented JSON with sorted keys and a final newline."""
-    Path(path).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(path).write_text(
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

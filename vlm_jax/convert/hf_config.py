@@ -1,8 +1,9 @@
-"""config.json of Hugging Face models <-> `VLMConfig`: LlavaForConditionalGeneration, and towers and decoders on their own.
+"""config.json of Hugging Face models <-> `VLMConfig`: LlavaForConditionalGeneration, and towers and decoders
+on their own.
 
-Keys of every transformers version are read (`rope_theta` + `rope_scaling` and `rope_parameters`, `torch_dtype` and `dtype`,
-`image_token_index` and `image_token_id`); keys left out have the defaults of the transformers config class. Written are the older keys,
-which 4.36 and every later version understand.
+Keys of every transformers version are read (`rope_theta` + `rope_scaling` and `rope_parameters`,
+`torch_dtype` and `dtype`, `image_token_index` and `image_token_id`); keys left out have the defaults of the
+transformers config class. Written are the older keys, which 4.36 and every later version understand.
 """
 
 from __future__ import annotations
@@ -11,33 +12,50 @@ import dataclasses
 import math
 from typing import Any, Mapping
 
-from vlm_jax.config import ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig
-from vlm_jax.config import SIGLIP_MEAN, SIGLIP_STD
+from vlm_jax.config import (
+    SIGLIP_MEAN, SIGLIP_STD, ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig,
+)  # fmt: skip
 from vlm_jax.convert.tensors import CheckpointError
 
 Raw = Mapping[str, Any]
 
 ACTIVATIONS = {
-    "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
-HF_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
+HF_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
 
-# defaults of LlamaConfig, MistralConfig, CLIPVisionConfig, SiglipVisionConfig; of LlavaConfig without a vision_config
+# defaults of LlamaConfig, MistralConfig, CLIPVisionConfig, SiglipVisionConfig, and LlavaConfig's tower
 TEXT_DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
 }  # fmt: skip
 MISTRAL_DEFAULTS = {
-    **TEXT_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+    **TEXT_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "sliding_window": 4096,
 }  # fmt: skip
 CLIP_DEFAULTS = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224,
     "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "initializer_range": 0.02,
 }  # fmt: skip
-SIGLIP_DEFAULTS = {**CLIP_DEFAULTS, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+SIGLIP_DEFAULTS = {
+    **CLIP_DEFAULTS,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
 CLIP_L_336 = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14, "image_size": 336,
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14,
+    "image_size": 336,
     "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768,
 }  # fmt: skip
 
@@ -45,11 +63,14 @@ CLIP_L_336 = {
 def vlm_from_hf(raw: Raw, where: str, processor: Raw | None = None) -> VLMConfig:
     """LlavaForConditionalGeneration's config.json, and its image processor's settings when there are any.
 
-    `where` names the file in errors. `do_pad` of the processor is LLaVA's aspect "pad"; without it images are cropped to a square.
+    `where` names the file in errors. `do_pad` of the processor is LLaVA's aspect "pad"; without it images are
+    cropped to a square.
     """
     select = raw.get("vision_feature_select_strategy", "default")
     if select not in ("default", "full"):
-        raise CheckpointError(f"{where}: vision_feature_select_strategy={select!r} is unknown: it must be default or full")
+        raise CheckpointError(
+            f"{where}: vision_feature_select_strategy={select!r} is unknown: it must be default or full"
+        )
     layers = raw.get("vision_feature_layer", -2)
     vision = vision_from_hf(
         raw.get("vision_config") or CLIP_L_336,
@@ -60,28 +81,44 @@ def vlm_from_hf(raw: Raw, where: str, processor: Raw | None = None) -> VLMConfig
     llm = llm_from_hf(raw.get("text_config") or {}, where)
     with_tie = dataclasses.replace(llm, tie=llm.tie or bool(raw.get("tie_word_embeddings", False)))
     projector = ProjectorConfig(
-        "mlp2x_gelu", activation(raw.get("projector_hidden_act", "gelu"), where), bool(raw.get("multimodal_projector_bias", True))
+        "mlp2x_gelu",
+        activation(raw.get("projector_hidden_act", "gelu"), where),
+        bool(raw.get("multimodal_projector_bias", True)),
     )
     aspect = "pad" if (processor or {}).get("do_pad") else "square"
     return VLMConfig(with_statistics(vision, processor), projector, with_tie, aspect=aspect)
 
 
-def vision_from_hf(raw: Raw, where: str, feature_layers: tuple[int, ...] = (-2,), select: str = "patch") -> VisionConfig:
+def vision_from_hf(
+    raw: Raw, where: str, feature_layers: tuple[int, ...] = (-2,), select: str = "patch"
+) -> VisionConfig:
     """A CLIP or SigLIP tower's config (also the vision half of a full CLIP or SigLIP model's config.json)."""
     if raw.get("model_type") in ("clip", "siglip") or ("vision_config" in raw and "text_config" in raw):
-        raw = {"model_type": f"{raw.get('model_type', 'clip')}_vision_model", **(raw.get("vision_config") or {})}
-    kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(raw.get("model_type", "clip_vision_model"))
+        raw = {
+            "model_type": f"{raw.get('model_type', 'clip')}_vision_model",
+            **(raw.get("vision_config") or {}),
+        }
+    kind = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}.get(
+        raw.get("model_type", "clip_vision_model")
+    )
     if kind is None:
-        raise CheckpointError(f"{where}: a vision tower of type {raw['model_type']!r} is not supported: use a CLIP or SigLIP tower")
+        raise CheckpointError(
+            f"{where}: a vision tower of type {raw['model_type']!r} is not supported: use a CLIP or SigLIP "
+            "tower"
+        )
     get = {**(SIGLIP_DEFAULTS if kind == "siglip" else CLIP_DEFAULTS), **raw}
     if get.get("num_channels", 3) != 3:
-        raise CheckpointError(f"{where}: num_channels={get['num_channels']} is not supported: the tower must take RGB images")
+        raise CheckpointError(
+            f"{where}: num_channels={get['num_channels']} is not supported: the tower must take RGB images"
+        )
     statistics = {"mean": SIGLIP_MEAN, "std": SIGLIP_STD} if kind == "siglip" else {}
     return checked(
         where,
         lambda: VisionConfig(
-            kind, get["image_size"], get["patch_size"], get["hidden_size"], get["num_hidden_layers"], get["num_attention_heads"],
-            get["intermediate_size"], activation(get["hidden_act"], where), float(get["layer_norm_eps"]), tuple(feature_layers), select,
+            kind, get["image_size"], get["patch_size"], get["hidden_size"], get["num_hidden_layers"],
+            get["num_attention_heads"],
+            get["intermediate_size"], activation(get["hidden_act"], where), float(get["layer_norm_eps"]),
+            tuple(feature_layers), select,
             init_std=float(get["initializer_range"]), **statistics,
         ),
     )  # fmt: skip
@@ -98,7 +135,9 @@ def llm_from_hf(raw: Raw, where: str) -> LLMConfig:
     """A Llama or Mistral config.json (or `text_config`)."""
     kind = raw.get("model_type", "llama").removeprefix("llava_")
     if kind not in ("llama", "mistral", "llava"):
-        raise CheckpointError(f"{where}: a language model of type {kind!r} is not supported: use a Llama or Mistral model")
+        raise CheckpointError(
+            f"{where}: a language model of type {kind!r} is not supported: use a Llama or Mistral model"
+        )
     get = {**(MISTRAL_DEFAULTS if kind == "mistral" else TEXT_DEFAULTS), **raw}
     heads = get["num_attention_heads"]
     return checked(
@@ -125,13 +164,22 @@ def llm_from_hf(raw: Raw, where: str) -> LLMConfig:
 
 
 def rope_from_hf(raw: Raw, where: str) -> RopeConfig:
-    """`rope_parameters` (new) or `rope_theta` with `rope_scaling` (old); `type` and `rope_type` are the same key."""
+    """`rope_parameters` (new) or `rope_theta` with `rope_scaling` (old); `type` and `rope_type` are the same
+    key.
+    """
     got = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = got.get("rope_type") or got.get("type") or "default"
     if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
-        raise CheckpointError(f"{where}: rope type {kind!r} is not supported: use default, linear, dynamic, yarn or llama3")
-    if got.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0 or got.get("truncate", True) is not True:
-        raise CheckpointError(f"{where}: partial_rotary_factor and truncate=false of the rope parameters are not supported")
+        raise CheckpointError(
+            f"{where}: rope type {kind!r} is not supported: use default, linear, dynamic, yarn or llama3"
+        )
+    if (
+        got.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0
+        or got.get("truncate", True) is not True
+    ):
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor and truncate=false of the rope parameters are not supported"
+        )
     factor = float(got.get("factor") or 1.0)
     attention = got.get("attention_factor")
     if kind == "yarn" and attention is None and got.get("mscale") and got.get("mscale_all_dim"):
@@ -157,7 +205,9 @@ def _mscale(factor: float, scale: float) -> float:
 def activation(name: str, where: str) -> str:
     """Our name of an HF activation."""
     if name not in ACTIVATIONS:
-        raise CheckpointError(f"{where}: activation {name!r} is not supported: use one of {', '.join(sorted(ACTIVATIONS))}")
+        raise CheckpointError(
+            f"{where}: activation {name!r} is not supported: use one of {', '.join(sorted(ACTIVATIONS))}"
+        )
     return ACTIVATIONS[name]
 
 
@@ -177,11 +227,13 @@ def vlm_to_hf(config: VLMConfig, image_token: int, tokens: Raw, dtype: str) -> d
     """
     if config.projector.kind != "mlp2x_gelu":
         raise CheckpointError(
-            f"LlavaForConditionalGeneration has a two-layer projector, this model has {config.projector.kind}: export with names=llava"
+            "LlavaForConditionalGeneration has a two-layer projector, this model has "
+            f"{config.projector.kind}: export with names=llava"
         )
     if config.image_newline or config.merge != "flat" or config.aspect == "anyres":
         raise CheckpointError(
-            f"LlavaForConditionalGeneration sees one view per image, this model has aspect={config.aspect}, merge={config.merge}: "
+            f"LlavaForConditionalGeneration sees one view per image, this model has aspect={config.aspect}, "
+            f"merge={config.merge}: "
             "export with names=llava"
         )
     layers = config.vision.feature_layers
@@ -219,13 +271,20 @@ def vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
     }
     # transformers builds SigLIP's pooling head unless told not to, and then misses its weights
-    return {**raw, "vision_use_head": vision.pooler_head} if vision.kind == "siglip" else {**raw, "projection_dim": 768}
+    return (
+        {**raw, "vision_use_head": vision.pooler_head}
+        if vision.kind == "siglip"
+        else {**raw, "projection_dim": 768}
+    )
 
 
 def llm_to_hf(llm: LLMConfig) -> dict[str, Any]:
     """`text_config` (or a top-level config) of a decoder: Mistral if it has a window, else Llama."""
     if llm.window is not None and (llm.attention_bias or llm.mlp_bias):
-        raise CheckpointError("a decoder with both a window and biases is neither transformers' Llama nor its Mistral: it cannot be exported")
+        raise CheckpointError(
+            "a decoder with both a window and biases is neither transformers' Llama nor its Mistral: it "
+            "cannot be exported"
+        )
     raw = {
         "model_type": "llama" if llm.window is None else "mistral",
         "head_dim": llm.head_dim,

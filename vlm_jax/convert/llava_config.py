@@ -1,7 +1,8 @@
-"""config.json of the original LLaVA program (haotian-liu/LLaVA: model_type llava, llava_llama, llava_mistral) <-> `VLMConfig`.
+"""config.json of the original LLaVA program (haotian-liu/LLaVA: model_type llava, llava_llama, llava_mistral)
+<-> `VLMConfig`.
 
-The decoder's keys are those of a Llama config at the top level; the tower is only named (`mm_vision_tower`), its own config lies in its own
-directory, or is known for the two CLIP towers that LLaVA used.
+The decoder's keys are those of a Llama config at the top level; the tower is only named (`mm_vision_tower`),
+its own config lies in its own directory, or is known for the two CLIP towers that LLaVA used.
 """
 
 from __future__ import annotations
@@ -13,31 +14,48 @@ from typing import Any
 
 from vlm_jax.config import ProjectorConfig, VisionConfig, VLMConfig
 from vlm_jax.convert.files import read_json
-from vlm_jax.convert.hf_config import CLIP_L_336, Raw, checked, llm_from_hf, llm_to_hf, vision_from_hf, vision_to_hf, with_statistics
+from vlm_jax.convert.hf_config import (
+    CLIP_L_336,
+    Raw,
+    checked,
+    llm_from_hf,
+    llm_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+    with_statistics,
+)
 from vlm_jax.convert.tensors import CheckpointError
 
 KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": CLIP_L_336,
     "clip-vit-large-patch14": {**CLIP_L_336, "image_size": 224},
     "siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+        "num_hidden_layers": 27,
         "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
     },
 }  # fmt: skip
 
 
-def vlm_from_llava(raw: Raw, where: str, vision: VisionConfig | None = None, directory: Path | None = None) -> VLMConfig:
+def vlm_from_llava(
+    raw: Raw, where: str, vision: VisionConfig | None = None, directory: Path | None = None
+) -> VLMConfig:
     """An original LLaVA config.json; `vision` is the tower's config when it was given apart.
 
-    Otherwise the tower is found by `mm_vision_tower`: a directory (also relative to `directory`), or the name of a known CLIP tower.
+    Otherwise the tower is found by `mm_vision_tower`: a directory (also relative to `directory`), or the name
+    of a known CLIP tower.
     """
     if "mpt" in raw.get("model_type", ""):
         raise CheckpointError(f"{where}: LLaVA on MPT is not supported: use a Llama or Mistral based model")
     features = feature_settings(raw, where)
-    if vision is None and "vision_config" in raw:  # written by `vlm_to_llava` for a tower without a public name
+    if (
+        vision is None and "vision_config" in raw
+    ):  # written by `vlm_to_llava` for a tower without a public name
         vision = vision_from_hf(raw["vision_config"], where, select="full")
     elif vision is None:
-        vision = tower_config(str(raw.get("mm_vision_tower") or raw.get("vision_tower") or ""), where, directory)
+        vision = tower_config(
+            str(raw.get("mm_vision_tower") or raw.get("vision_tower") or ""), where, directory
+        )
     if vision.kind == "siglip":  # "patch" drops the class token, and there is none
         features["select"] = "full"
     vision = checked(where, lambda: dataclasses.replace(vision, **features))
@@ -48,25 +66,34 @@ def vlm_from_llava(raw: Raw, where: str, vision: VisionConfig | None = None, dir
     config = checked(
         where,
         lambda: VLMConfig(
-            vision, projector_from_llava(raw), llm_from_hf(raw, where), aspect=aspect, merge=merge, image_newline="unpad" in merge,
+            vision, projector_from_llava(raw), llm_from_hf(raw, where), aspect=aspect, merge=merge,
+            image_newline="unpad" in merge,
             pinpoints=tuple(tuple(p) for p in points),
         ),
     )  # fmt: skip
     width = raw.get("mm_hidden_size")
     if width and width != config.vision.feature_width:
         raise CheckpointError(
-            f"{where}: mm_hidden_size={width}, but the vision tower gives {config.vision.feature_width} channels: give the tower it was "
+            f"{where}: mm_hidden_size={width}, but the vision tower gives {config.vision.feature_width} "
+            "channels: give the tower it was "
             "trained with"
         )
     return config
 
 
 def feature_settings(raw: Raw, where: str) -> dict[str, Any]:
-    """`feature_layers` and `select` of a VisionConfig from mm_vision_select_layer and mm_vision_select_feature."""
+    """`feature_layers` and `select` of a VisionConfig from mm_vision_select_layer and
+    mm_vision_select_feature.
+    """
     select = raw.get("mm_vision_select_feature", "patch")
     if select not in ("patch", "cls_patch"):
-        raise CheckpointError(f"{where}: mm_vision_select_feature={select!r} is unknown: it must be patch or cls_patch")
-    return {"feature_layers": (int(raw.get("mm_vision_select_layer", -2)),), "select": "patch" if select == "patch" else "full"}
+        raise CheckpointError(
+            f"{where}: mm_vision_select_feature={select!r} is unknown: it must be patch or cls_patch"
+        )
+    return {
+        "feature_layers": (int(raw.get("mm_vision_select_layer", -2)),),
+        "select": "patch" if select == "patch" else "full",
+    }
 
 
 def projector_from_llava(raw: Raw) -> ProjectorConfig:
@@ -81,18 +108,24 @@ def tower_directory(name: str, directory: Path | None) -> Path | None:
 
 
 def tower_config(name: str, where: str, directory: Path | None) -> VisionConfig:
-    """Config of the tower called `name`: from its directory if that is here, else from the table of known towers."""
+    """Config of the tower called `name`: from its directory if that is here, else from the table of known
+    towers.
+    """
     here = tower_directory(name, directory)
     if here is not None:
         return read_vision_directory(here)
     known = KNOWN_TOWERS.get(name.rstrip("/").rpartition("/")[2])
     if known is None:
-        raise CheckpointError(f"{where}: the vision tower {name!r} is unknown here: give its directory with --vision")
+        raise CheckpointError(
+            f"{where}: the vision tower {name!r} is unknown here: give its directory with --vision"
+        )
     return vision_from_hf(known, where, select="patch" if "clip" in known["model_type"] else "full")
 
 
 def read_vision_directory(directory: Path) -> VisionConfig:
-    """Tower config of a CLIP or SigLIP directory, with the mean and deviation of its preprocessor_config.json."""
+    """Tower config of a CLIP or SigLIP directory, with the mean and deviation of its
+    preprocessor_config.json.
+    """
     raw = read_json(directory / "config.json")
     siglip = "siglip" in str(raw.get("model_type", ""))
     vision = vision_from_hf(raw, str(directory / "config.json"), select="full" if siglip else "patch")
@@ -100,20 +133,29 @@ def read_vision_directory(directory: Path) -> VisionConfig:
     return with_statistics(vision, read_json(processor) if processor.is_file() else None)
 
 
-def vlm_to_llava(config: VLMConfig, tokens: Raw, dtype: str, tower: str | None, max_length: int | None = None) -> dict[str, Any]:
+def vlm_to_llava(
+    config: VLMConfig, tokens: Raw, dtype: str, tower: str | None, max_length: int | None = None
+) -> dict[str, Any]:
     """An original LLaVA config.json; `tower` (a Hub name or a directory) goes to mm_vision_tower.
 
-    Without it the name is that of the known tower with these sizes; a tower that has none is described under `vision_config`.
+    Without it the name is that of the known tower with these sizes; a tower that has none is described under
+    `vision_config`.
     """
     if config.projector.act != "gelu" or not config.projector.bias:
-        raise CheckpointError("LLaVA's own projector has erf GELU and biases, this model has not: export with names=hf")
+        raise CheckpointError(
+            "LLaVA's own projector has erf GELU and biases, this model has not: export with names=hf"
+        )
     if len(config.vision.feature_layers) != 1:
-        raise CheckpointError("LLaVA's own config has one feature layer, this model has several: export with names=hf")
+        raise CheckpointError(
+            "LLaVA's own config has one feature layer, this model has several: export with names=hf"
+        )
     llm, named = llm_to_hf(config.llm), tower or known_tower(config.vision)
     return {
         **llm,
         **tokens,
-        "architectures": ["LlavaMistralForCausalLM" if llm["model_type"] == "mistral" else "LlavaLlamaForCausalLM"],
+        "architectures": [
+            "LlavaMistralForCausalLM" if llm["model_type"] == "mistral" else "LlavaLlamaForCausalLM"
+        ],
         "model_type": "llava_" + llm["model_type"],
         "torch_dtype": dtype,
         "image_aspect_ratio": config.aspect,

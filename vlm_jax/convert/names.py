@@ -1,17 +1,21 @@
-"""Which tensor of a checkpoint is which of our parameters: one table of rules, and the prefixes of every naming.
+"""Which tensor of a checkpoint is which of our parameters: one table of rules, and every naming's prefixes.
 
-    checkpoint key = prefix of its room in that naming + key of the rule      model.language_model. + layers.3.mlp.up_proj.weight
-    our path       = path of the rule, the layer index apart                  llm/blocks/mlp/up/kernel, 3
+    checkpoint key = prefix of its room in that naming + key of the rule
+                     model.language_model.                 layers.3.mlp.up_proj.weight
+    our path       = path of the rule, the layer apart     llm/blocks/mlp/up/kernel, 3
 
-    naming     llm                     lm_head                   tower                                          projector
-    hf         language_model.model.   language_model.lm_head.   vision_tower.vision_model.                     multi_modal_projector.linear_1.
-    hf_4.52    model.language_model.   lm_head.                  model.vision_tower.vision_model.               model.multi_modal_projector.linear_1.
-    hf_5       model.language_model.   lm_head.                  model.vision_tower.                            model.multi_modal_projector.linear_1.
-    hf_5_saved language_model.model.   language_model.lm_head.   vision_tower.                                  multi_modal_projector.linear_1.
-    llava      model.                  lm_head.                  model.vision_tower.vision_tower.vision_model.  model.mm_projector.0.
+    naming     llm                   lm_head           tower and projector
+    hf         language_model.model  language_model.   vision_tower.vision_model,
+                                                       multi_modal_projector.linear_1
+    hf_4.52    model.language_model                    the same under model.
+    hf_5       model.language_model                    model.vision_tower,
+                                                       model.multi_modal_projector.linear_1
+    hf_5_saved language_model.model  language_model.   vision_tower, multi_modal_projector.linear_1
+    llava      model                                   model.vision_tower.vision_tower.vision_model,
+                                                       model.mm_projector.0
 
-`hf` is what transformers 4.36 to 4.51 published and what every version since reads. Towers and language models on their own are read too:
-their prefixes are those above with the leading parts left out.
+`hf` is what transformers 4.36 to 4.51 published and what every version since reads. Towers and language
+models on their own are read too: their prefixes are those above with the leading parts left out.
 """
 
 from __future__ import annotations
@@ -24,30 +28,70 @@ from vlm_jax.config import LLMConfig, ProjectorConfig, VisionConfig, VLMConfig
 from vlm_jax.convert.tensors import AS_IS, PATCH, TRANSPOSE, VECTOR, CheckpointError, Layout
 
 NAMINGS = {
-    "hf": ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector.", ""),
-    "hf_4.52": ("model.language_model.", "lm_head.", "model.vision_tower.vision_model.", "model.multi_modal_projector.", "model."),
-    "hf_5": ("model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector.", "model."),
-    "hf_5_saved": ("language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.", ""),
-    "llava": ("model.", "lm_head.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector", "model."),
+    "hf": (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+        "",
+    ),
+    "hf_4.52": (
+        "model.language_model.",
+        "lm_head.",
+        "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+        "model.",
+    ),
+    "hf_5": (
+        "model.language_model.",
+        "lm_head.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+        "model.",
+    ),
+    "hf_5_saved": (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.",
+        "multi_modal_projector.",
+        "",
+    ),
+    "llava": (
+        "model.",
+        "lm_head.",
+        "model.vision_tower.vision_tower.vision_model.",
+        "model.mm_projector",
+        "model.",
+    ),
 }
 ROOMS = ("llm", "head", "tower", "projector", "newline")
 
 # what stands before a rule's key, in any naming; `head` before `llm`, whose prefix may be empty
 PREFIXES = {
     "head": re.compile(r"(?:language_model\.)?lm_head\."),
-    "projector": re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}(?:multi_modal_projector|mm_projector)\.?"),
+    "projector": re.compile(
+        r"(?:base_model\.model\.)?(?:model\.){0,2}(?:multi_modal_projector|mm_projector)\.?"
+    ),
     "newline": re.compile(r"(?:model\.)?(?=image_newline$)"),
     "tower": re.compile(
-        r"(?:(?:model\.)?vision_tower\.(?:vision_tower\.)?)?(?:vision_model\.)?(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+        r"(?:(?:model\.)?vision_tower\.(?:vision_tower\.)?)?(?:vision_model\.)?"
+        r"(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
     ),
-    "llm": re.compile(r"(?:language_model\.model\.|model\.language_model\.|model\.)?(?=(?:embed_tokens|layers|norm)\.)"),
+    "llm": re.compile(
+        r"(?:language_model\.model\.|model\.language_model\.|model\.)?(?=(?:embed_tokens|layers|norm)\.)"
+    ),
 }
 # buffers that old versions saved, and the text half of a CLIP or SigLIP checkpoint
-IGNORED = re.compile(r".*(?:position_ids|rotary_emb\.inv_freq|cos_cached|sin_cached)|(?:text_model|text_projection|visual_projection)\..*|logit_.*")
+IGNORED = re.compile(
+    r".*(?:position_ids|rotary_emb\.inv_freq|cos_cached|sin_cached)"
+    r"|(?:text_model|text_projection|visual_projection)\..*|logit_.*"
+)
 
 
 class Rule(NamedTuple):
-    """Key under its room's prefix, our path, layout, shape in letters of `sizes`, and the feature that must be on."""
+    """Key under its room's prefix, our path, layout, shape in letters of `sizes`, and the feature that must
+    be on.
+    """
 
     key: str
     path: str
@@ -57,14 +101,20 @@ class Rule(NamedTuple):
 
 
 def _linear(key: str, path: str, shape: str, bias: str = "") -> tuple[Rule, Rule]:
-    """A torch Linear: weight (out, in) and bias (out,); `bias` names the feature that gives it a bias ("" = always)."""
+    """A torch Linear: weight (out, in) and bias (out,); `bias` names the feature that gives it a bias ("" =
+    always).
+    """
     out = shape.split()[0]
-    return Rule(f"{key}.weight", f"{path}/kernel", TRANSPOSE, shape, ""), Rule(f"{key}.bias", f"{path}/bias", AS_IS, out, bias)
+    return Rule(f"{key}.weight", f"{path}/kernel", TRANSPOSE, shape, ""), Rule(
+        f"{key}.bias", f"{path}/bias", AS_IS, out, bias
+    )
 
 
 def _norm(key: str, path: str, needs: str = "") -> tuple[Rule, Rule]:
     """A LayerNorm: weight and bias (D,)."""
-    return Rule(f"{key}.weight", f"{path}/scale", AS_IS, "D", needs), Rule(f"{key}.bias", f"{path}/bias", AS_IS, "D", needs)
+    return Rule(f"{key}.weight", f"{path}/scale", AS_IS, "D", needs), Rule(
+        f"{key}.bias", f"{path}/bias", AS_IS, "D", needs
+    )
 
 
 LAYER = "encoder.layers.{i}."
@@ -86,7 +136,10 @@ TOWER = (
     Rule("head.probe", "tower/unused/head/probe", VECTOR, "1 1 D", "head"),
     Rule("head.attention.in_proj_weight", "tower/unused/head/attn/in/kernel", TRANSPOSE, "3D D", "head"),
     Rule("head.attention.in_proj_bias", "tower/unused/head/attn/in/bias", AS_IS, "3D", "head"),
-    *(r._replace(needs="head") for r in _linear("head.attention.out_proj", "tower/unused/head/attn/out", "D D")),
+    *(
+        r._replace(needs="head")
+        for r in _linear("head.attention.out_proj", "tower/unused/head/attn/out", "D D")
+    ),
     *_norm("head.layernorm", "tower/unused/head/norm", "head"),
     *(r._replace(needs="head") for r in _linear("head.mlp.fc1", "tower/unused/head/mlp/up", "F D")),
     *(r._replace(needs="head") for r in _linear("head.mlp.fc2", "tower/unused/head/mlp/down", "D F")),
@@ -110,7 +163,9 @@ NEWLINE = (Rule("image_newline", "image_newline", AS_IS, "D", "newline"),)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor that a model of a given config has: where it lies with them (`room`, `key`, `shape`) and with us."""
+    """One tensor that a model of a given config has: where it lies with them (`room`, `key`, `shape`) and
+    with us.
+    """
 
     room: str
     key: str
@@ -131,18 +186,24 @@ def entries(config: VLMConfig, rooms: Iterable[str] = ROOMS) -> list[Entry]:
     tower = {"D": v.width, "F": v.mlp, "N": v.tokens, "C": 3, "p": v.patch_size, "3D": 3 * v.width, "1": 1}
     llm = {"V": m.vocab, "D": m.width, "F": m.mlp, "A": m.heads * m.head_dim, "K": m.kv_heads * m.head_dim}
     on = {"", v.kind, *(["head"] if v.pooler_head else []), *([] if m.tie else ["untied"])}
-    on |= {name for name in ("attention_bias", "mlp_bias") if getattr(m, name)} | ({"newline"} if config.image_newline else set())
+    on |= {name for name in ("attention_bias", "mlp_bias") if getattr(m, name)} | (
+        {"newline"} if config.image_newline else set()
+    )
     made = {
         "llm": lambda: _expand("llm", LLM, llm, on, m.layers),
         "head": lambda: _expand("head", HEAD, llm, on, 0),
-        "tower": lambda: (_place(entry, v.used_layers) for entry in _expand("tower", TOWER, tower, on, v.layers)),
+        "tower": lambda: (
+            _place(entry, v.used_layers) for entry in _expand("tower", TOWER, tower, on, v.layers)
+        ),
         "projector": lambda: _projector(config.projector, v, m),
         "newline": lambda: _expand("newline", NEWLINE, llm, on, 0),
     }
     return [entry for room in rooms for entry in made[room]()]
 
 
-def _expand(room: str, rules: Iterable[Rule], sizes: dict[str, int], on: set[str], layers: int) -> Iterator[Entry]:
+def _expand(
+    room: str, rules: Iterable[Rule], sizes: dict[str, int], on: set[str], layers: int
+) -> Iterator[Entry]:
     """Rules whose feature is on, layered ones once per layer."""
     for rule in rules:
         if rule.needs in on:
@@ -156,20 +217,24 @@ def _place(entry: Entry, used: int) -> Entry:
     """A tower block behind the last feature layer belongs to `tower/unused/blocks`, counted from there."""
     if entry.layer is None or entry.layer < used:
         return entry
-    return dataclasses.replace(entry, path=entry.path.replace("tower/", "tower/unused/", 1), layer=entry.layer - used)
+    return dataclasses.replace(
+        entry, path=entry.path.replace("tower/", "tower/unused/", 1), layer=entry.layer - used
+    )
 
 
 def _projector(projector: ProjectorConfig, vision: VisionConfig, llm: LLMConfig) -> Iterator[Entry]:
     """The N linear layers; their key is `0.weight`, `1.weight`, ... and gets its naming in `key_of`."""
     for n in range(projector.depth):
         width = vision.feature_width if n == 0 else llm.width
-        yield Entry("projector", f"{n}.weight", (llm.width, width), f"projector/layer_{n}/kernel", None, TRANSPOSE)
+        yield Entry(
+            "projector", f"{n}.weight", (llm.width, width), f"projector/layer_{n}/kernel", None, TRANSPOSE
+        )
         if projector.bias:
             yield Entry("projector", f"{n}.bias", (llm.width,), f"projector/layer_{n}/bias", None, AS_IS)
 
 
 def key_of(entry: Entry, naming: str, projector: str = "mlp2x_gelu") -> str:
-    """The checkpoint key of an entry in `naming`; `projector` is the kind, which LLaVA's own names depend on."""
+    """The checkpoint key of an entry in `naming`; `projector` is its kind, on which LLaVA's names depend."""
     prefix = NAMINGS[naming][ROOMS.index(entry.room)]
     if entry.room != "projector":
         return prefix + entry.key
@@ -196,7 +261,7 @@ def room_and_key(name: str) -> tuple[str, str] | None:
 
 
 def _projector_key(prefix: str, rest: str) -> str:
-    """`linear_2.weight`, `2.weight` (LLaVA counts activations too) or `weight` as `<layer>.<weight or bias>`."""
+    """`linear_2.weight`, `2.weight` (LLaVA counts activations) or `weight` as `<layer>.<weight or bias>`."""
     if "multi_modal" in prefix:
         number = re.fullmatch(r"linear_(\d+)\.(.*)", rest)
         return f"{int(number[1]) - 1}.{number[2]}" if number else rest
@@ -207,7 +272,9 @@ def _projector_key(prefix: str, rest: str) -> str:
 
 
 def naming_of(names: Iterable[str]) -> str | None:
-    """Which of `NAMINGS` all of `names` agree with, None for towers or language models on their own and for mixtures."""
+    """Which of `NAMINGS` all of `names` agree with, None for towers or language models on their own and for
+    mixtures.
+    """
     seen: dict[str, set[str]] = {}
     for name in names:
         found = None if IGNORED.fullmatch(name) else room_and_key(name)
@@ -215,14 +282,18 @@ def naming_of(names: Iterable[str]) -> str | None:
             seen.setdefault(found[0], set()).add(PREFIXES[found[0]].match(name)[0].removesuffix("."))
     for naming, prefixes in NAMINGS.items():
         expected = dict(zip(ROOMS, (prefix.removesuffix(".") for prefix in prefixes)))
-        if {"llm", "projector"} <= seen.keys() and all(found == {expected[room]} for room, found in seen.items()):
+        if {"llm", "projector"} <= seen.keys() and all(
+            found == {expected[room]} for room, found in seen.items()
+        ):
             return naming
     return None
 
 
 def projector_kind(names: Iterable[str]) -> str:
     """`linear` or `mlpNx_gelu`, from the keys of the projector's tensors in any naming."""
-    keys = {name: key for name in names for room, key in [room_and_key(name) or ("", "")] if room == "projector"}
+    keys = {
+        name: key for name in names for room, key in [room_and_key(name) or ("", "")] if room == "projector"
+    }
     depth = len({key.split(".")[0] for key in keys.values() if key.endswith(".weight")})
     if not depth:
         raise CheckpointError("there is no tensor of a projector (mm_projector or multi_modal_projector)")

@@ -1,8 +1,8 @@
 """preprocessor_config.json, processor_config.json and the chat template of a LlavaProcessor.
 
-The image processor is CLIPImageProcessor (short side to S, centre crop), LlavaImageProcessor with `do_pad` (LLaVA's aspect "pad"), or
-SiglipImageProcessor (straight to S x S). `<image>` becomes patches + additional - (1 if strategy default) tokens, which is
-`VisionConfig.features`.
+The image processor is CLIPImageProcessor (short side to S, centre crop), LlavaImageProcessor with `do_pad`
+(LLaVA's aspect "pad"), or SiglipImageProcessor (straight to S x S). `<image>` becomes patches + additional -
+(1 if strategy default) tokens, which is `VisionConfig.features`.
 """
 
 from __future__ import annotations

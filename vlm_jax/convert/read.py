@@ -3,8 +3,8 @@
     open_checkpoint(DIR, vision=..., llm=..., projector=...) -> Checkpoint(config, leaves)
     load(checkpoint, place)                                  -> {path: place(path, shape, dtype, read)}
 
-Nothing is read before `place` calls `read(index)`, which is what `jax.make_array_from_callback` wants: a host touches only the slices
-of its own devices, one layer at a time.
+Nothing is read before `place` calls `read(index)`, which is what `jax.make_array_from_callback` wants: a host
+touches only the slices of its own devices, one layer at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from vlm_jax.config import ProjectorConfig, VisionConfig, VLMConfig
 from vlm_jax.convert import names
 from vlm_jax.convert.files import read_json
 from vlm_jax.convert.hf_config import llm_from_hf, vlm_from_hf
-from vlm_jax.convert.llava_config import feature_settings, read_vision_directory, tower_directory, vlm_from_llava
+from vlm_jax.convert.llava_config import (
+    feature_settings,
+    read_vision_directory,
+    tower_directory,
+    vlm_from_llava,
+)
 from vlm_jax.convert.names import Entry
 from vlm_jax.convert.shards import read_directory, read_file
 from vlm_jax.convert.tensors import DTYPES, CheckpointError, Index, Leaf, Tensor, grown, resolve
@@ -31,15 +36,23 @@ Place = Callable[[str, tuple[int, ...], np.dtype, Callable[[Index], np.ndarray]]
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 FLAGS = {"tower": "--vision", "projector": "--projector", "llm": "--llm"}
-WHAT = {"tower": "vision tower", "projector": "projector", "llm": "language model", "head": "lm_head", "newline": "image_newline"}
+WHAT = {
+    "tower": "vision tower",
+    "projector": "projector",
+    "llm": "language model",
+    "head": "lm_head",
+    "newline": "image_newline",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model in files. `kind`: llava_hf, llava or llm (what `directory` holds); `naming`: see `names.NAMINGS`, None if combined.
+    """A model in files. `kind`: llava_hf, llava or llm (what `directory` holds); `naming`: see
+    `names.NAMINGS`, None if combined.
 
-    `missing` are paths without tensors (only with `partial`); `raw` is the config.json of `directory`; `image_token` the id that HF
-    prompts use for an image, None if the model was never given one; `tokens` the bos/eos/pad ids that its config states.
+    `missing` are paths without tensors (only with `partial`); `raw` is the config.json of `directory`;
+    `image_token` the id that HF prompts use for an image, None if the model was never given one; `tokens` the
+    bos/eos/pad ids that its config states.
     """
 
     directory: Path
@@ -75,17 +88,23 @@ def open_checkpoint(
     vocab: int | None = None,
     partial: bool = False,
 ) -> Checkpoint:
-    """Open a LLaVA directory (HF port, any naming; original program) or a language model, with parts taken from elsewhere.
+    """Open a LLaVA directory (HF port, any naming; original program) or a language model, with parts taken
+    from elsewhere.
 
-    vision: directory of a CLIP or SigLIP tower; llm: of a Llama or Mistral model; projector: `mm_projector.bin`, its folder, or a LLaVA
-    directory. config: the model wanted (default: as the files say); tensors of another size then raise. vocab: rows that embedding and
-    head shall have; new rows are the mean of the old ones. partial: parts that are nowhere become `missing` instead of an error.
+    vision: directory of a CLIP or SigLIP tower; llm: of a Llama or Mistral model; projector:
+    `mm_projector.bin`, its folder, or a LLaVA directory. config: the model wanted (default: as the files
+    say); tensors of another size then raise. vocab: rows that embedding and head shall have; new rows are the
+    mean of the old ones. partial: parts that are nowhere become `missing` instead of an error.
     """
     main = Path(directory)
     raw = read_json(main / "config.json")
     kind = kind_of(raw, main)
     vision = vision or (_named_tower(raw, main) if kind == "llava" else None)
-    sources: dict[str, Path | None] = {"tower": vision and Path(vision), "llm": llm and Path(llm), "projector": projector and Path(projector)}
+    sources: dict[str, Path | None] = {
+        "tower": vision and Path(vision),
+        "llm": llm and Path(llm),
+        "projector": projector and Path(projector),
+    }
     pool, found = _collect(main, sources)
     wanted = config or _assemble(kind, raw, main, sources, found, partial)
     if config is None:
@@ -93,11 +112,19 @@ def open_checkpoint(
         wanted = dataclasses.replace(wanted, vision=dataclasses.replace(wanted.vision, pooler_head=has_head))
     if vocab is not None:
         wanted = dataclasses.replace(wanted, llm=dataclasses.replace(wanted.llm, vocab=vocab))
-        pool |= {at: grown(pool[at], vocab) for at in (("llm", "embed_tokens.weight"), ("head", "weight")) if at in pool}
+        pool |= {
+            at: grown(pool[at], vocab)
+            for at in (("llm", "embed_tokens.weight"), ("head", "weight"))
+            if at in pool
+        }
     leaves, missing = _leaves(wanted, pool, main, partial)
     text = raw.get("text_config") or raw
-    tokens = {name: text.get(name, raw.get(name)) for name in SPECIAL if text.get(name, raw.get(name)) is not None}
-    image_token = raw.get("image_token_index", raw.get("image_token_id", 32000)) if kind == "llava_hf" else None
+    tokens = {
+        name: text.get(name, raw.get(name)) for name in SPECIAL if text.get(name, raw.get(name)) is not None
+    }
+    image_token = (
+        raw.get("image_token_index", raw.get("image_token_id", 32000)) if kind == "llava_hf" else None
+    )
     naming = None if any(sources.values()) else names.naming_of(found["main"])
     return Checkpoint(main, kind, wanted, leaves, missing, naming, raw, image_token, tokens)
 
@@ -109,7 +136,11 @@ def load(checkpoint: Checkpoint, place: Place, paths: Iterable[str] | None = Non
     `lambda path, shape, dtype, read: jax.make_array_from_callback(shape, shardings[path], read)`.
     """
     chosen = checkpoint.leaves if paths is None else paths
-    return {path: place(path, leaf.shape, leaf.dtype, leaf.read) for path in chosen for leaf in [checkpoint.leaves[path]]}
+    return {
+        path: place(path, leaf.shape, leaf.dtype, leaf.read)
+        for path in chosen
+        for leaf in [checkpoint.leaves[path]]
+    }
 
 
 def kind_of(raw: Mapping[str, Any], directory: Path) -> str:
@@ -122,11 +153,15 @@ def kind_of(raw: Mapping[str, Any], directory: Path) -> str:
     if model in ("llama", "mistral"):
         return "llm"
     hint = ": give it with --vision beside a language model" if "clip" in model or "siglip" in model else ""
-    raise CheckpointError(f"{directory / 'config.json'} is of model_type {model!r}, not a LLaVA model, Llama or Mistral{hint}")
+    raise CheckpointError(
+        f"{directory / 'config.json'} is of model_type {model!r}, not a LLaVA model, Llama or Mistral{hint}"
+    )
 
 
 def _named_tower(raw: Mapping[str, Any], main: Path) -> Path | None:
-    """The tower's own directory, when an original LLaVA checkpoint holds no tower tensors and names a directory that is here."""
+    """The tower's own directory, when an original LLaVA checkpoint holds no tower tensors and names a
+    directory that is here.
+    """
     here = tower_directory(str(raw.get("mm_vision_tower") or ""), main)
     if here is None or any((names.room_and_key(name) or ("",))[0] == "tower" for name in _tensors(main)):
         return None
@@ -142,15 +177,21 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             if (path / "mm_projector.bin").is_file():
                 return read_tensors(path / "mm_projector.bin")
             if any(path.glob("adapter_model.*")):
-                raise CheckpointError(f"{path} holds a LoRA adapter without its base model: merge it into the base first") from None
+                raise CheckpointError(
+                    f"{path} holds a LoRA adapter without its base model: merge it into the base first"
+                ) from None
             raise
     return read_file(path) if path.suffix == ".safetensors" else read_tensors(path)
 
 
 def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict[str, list[str]]]:
-    """Every tensor by (room, key of the table), each room from its source; and the names found in each source."""
+    """Every tensor by (room, key of the table), each room from its source; and the names found in each
+    source.
+    """
     rooms = {"tower": ("tower",), "llm": ("llm", "head"), "projector": ("projector", "newline")}
-    plan = [("main", main, set(names.ROOMS) - {r for part, path in sources.items() if path for r in rooms[part]})]
+    plan = [
+        ("main", main, set(names.ROOMS) - {r for part, path in sources.items() if path for r in rooms[part]})
+    ]
     plan += [(part, path, set(rooms[part])) for part, path in sources.items() if path]
     pool: Pool = {}
     found: dict[str, list[str]] = {}
@@ -160,59 +201,86 @@ def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict
         placed = {name: names.room_and_key(name) for name in tensors}
         strange = [name for name, at in placed.items() if at is None]
         if strange:
-            raise CheckpointError(f"{path} is the checkpoint of another model: {_some(strange)} {_belong(strange)} to no part of a LLaVA model")
+            raise CheckpointError(
+                f"{path} is the checkpoint of another model: {_some(strange)} {_belong(strange)} to no part "
+                "of a LLaVA model"
+            )
         mine = {at: tensors[name] for name, at in placed.items() if at[0] in wanted}
         if not mine:
-            raise CheckpointError(f"{path} has no tensor of a {WHAT.get(part, 'LLaVA model')}, it has {_some(list(tensors))}")
+            raise CheckpointError(
+                f"{path} has no tensor of a {WHAT.get(part, 'LLaVA model')}, it has {_some(list(tensors))}"
+            )
         pool |= mine
     return pool, found
 
 
 def _assemble(
-    kind: str, raw: dict, main: Path, sources: Mapping[str, Path | None], found: Mapping[str, list[str]], partial: bool
+    kind: str,
+    raw: dict,
+    main: Path,
+    sources: Mapping[str, Path | None],
+    found: Mapping[str, list[str]],
+    partial: bool,
 ) -> VLMConfig:
     """The config of the combined model; a tower that is nowhere has the default sizes if `partial`."""
     where = str(main / "config.json")
     tower = read_vision_directory(sources["tower"]) if sources["tower"] else None
     if kind == "llm":
         if tower is None and not partial:
-            raise CheckpointError(f"{main} is a language model: give a vision tower with --vision, and a projector with --projector")
+            raise CheckpointError(
+                f"{main} is a language model: give a vision tower with --vision, and a projector with "
+                "--projector"
+            )
         config = VLMConfig(vision=tower or VisionConfig(), llm=llm_from_hf(raw, where))
     elif kind == "llava":
         config = vlm_from_llava(raw, where, tower, main)
     else:
         config = vlm_from_hf(raw, where, processor_settings(main))
         if tower is not None:
-            config = dataclasses.replace(config, vision=_with_features(tower, config.vision.feature_layers, config.vision.select))
+            config = dataclasses.replace(
+                config, vision=_with_features(tower, config.vision.feature_layers, config.vision.select)
+            )
     if sources["llm"]:
-        config = dataclasses.replace(config, llm=llm_from_hf(read_json(sources["llm"] / "config.json"), str(sources["llm"] / "config.json")))
+        config = dataclasses.replace(
+            config,
+            llm=llm_from_hf(read_json(sources["llm"] / "config.json"), str(sources["llm"] / "config.json")),
+        )
     if sources["projector"]:
         config = _with_projector(config, sources["projector"], found["projector"])
     return config
 
 
 def _with_projector(config: VLMConfig, source: Path, found: list[str]) -> VLMConfig:
-    """The projector as its tensors say, and the features it was trained on as the config.json beside it says."""
+    """The projector as its tensors say, reading the features that the config.json beside it says."""
     kind = names.projector_kind(found)
-    config = dataclasses.replace(config, projector=ProjectorConfig(kind, bias=any(n.endswith("bias") for n in found if "projector" in n)))
+    config = dataclasses.replace(
+        config,
+        projector=ProjectorConfig(kind, bias=any(n.endswith("bias") for n in found if "projector" in n)),
+    )
     beside = (source if source.is_dir() else source.parent) / "config.json"
     settings = read_json(beside) if beside.is_file() else {}
     if "mm_vision_select_layer" in settings:
         config = dataclasses.replace(
             config,
             vision=_with_features(config.vision, **feature_settings(settings, str(beside))),
-            aspect=settings.get("image_aspect_ratio") if settings.get("image_aspect_ratio") in ("square", "pad") else config.aspect,
+            aspect=settings.get("image_aspect_ratio")
+            if settings.get("image_aspect_ratio") in ("square", "pad")
+            else config.aspect,
         )
     return config
 
 
 def _with_features(vision: VisionConfig, feature_layers: tuple[int, ...], select: str) -> VisionConfig:
     """A tower read at other layers; SigLIP has no class token to drop."""
-    return dataclasses.replace(vision, feature_layers=feature_layers, select="full" if vision.kind == "siglip" else select)
+    return dataclasses.replace(
+        vision, feature_layers=feature_layers, select="full" if vision.kind == "siglip" else select
+    )
 
 
 def processor_settings(directory: Path) -> dict[str, Any] | None:
-    """Image processor settings of an HF directory: preprocessor_config.json, or nested in processor_config.json (transformers 5)."""
+    """Image processor settings of an HF directory: preprocessor_config.json, or nested in
+    processor_config.json (transformers 5).
+    """
     if (directory / "preprocessor_config.json").is_file():
         return read_json(directory / "preprocessor_config.json")
     if (directory / "processor_config.json").is_file():
@@ -220,15 +288,18 @@ def processor_settings(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def _leaves(config: VLMConfig, pool: Pool, main: Path, partial: bool) -> tuple[dict[str, Leaf], tuple[str, ...]]:
-    """Stack the pool's tensors into our parameters, checking that they are those of `config` and no others."""
+def _leaves(
+    config: VLMConfig, pool: Pool, main: Path, partial: bool
+) -> tuple[dict[str, Leaf], tuple[str, ...]]:
+    """The pool's tensors stacked into our parameters; they must be those of `config` and no others."""
     parts: dict[str, list[tuple[Entry, Tensor | None]]] = {}
     rooms_here = {room for room, _ in pool}
     for entry in names.entries(config):
         tensor = pool.pop((entry.room, entry.key), None)
         if tensor is not None and tensor.shape != entry.shape:
             raise CheckpointError(
-                f"{tensor.file} is the checkpoint of another model: {tensor.name} has shape {list(tensor.shape)}, by the config it "
+                f"{tensor.file} is the checkpoint of another model: {tensor.name} has shape "
+                f"{list(tensor.shape)}, by the config it "
                 f"should have {list(entry.shape)}"
             )
         parts.setdefault(entry.path, []).append((entry, tensor))
@@ -253,7 +324,9 @@ def _dtype_of(members: list[tuple[Entry, Tensor | None]]) -> np.dtype:
 
 
 def _neutral(entry: Entry, dtype: np.dtype) -> Tensor:
-    """Stands for a tensor that nothing computes with and the checkpoint lacks: ones for a norm's scale, else zeros. It has no name."""
+    """Stands for a tensor that nothing computes with and the checkpoint lacks: ones for a norm's scale, else
+    zeros. It has no name.
+    """
     value = float(entry.path.endswith("/scale"))
 
     def read(index: Index) -> np.ndarray:
@@ -263,14 +336,18 @@ def _neutral(entry: Entry, dtype: np.dtype) -> Tensor:
 
 
 def _refuse_leftovers(config: VLMConfig, pool: Pool, main: Path) -> None:
-    """Tensors that the config has no place for: only a tied head's copy and SigLIP's pooling head may be left."""
+    """Tensors that the config has no place for: only a tied head's copy and SigLIP's pooling head may be
+    left.
+    """
     rest = [
         tensor.name
         for (room, key), tensor in pool.items()
         if not (room == "head" and config.llm.tie) and not (room == "tower" and key.startswith("head."))
     ]
     if rest:
-        raise CheckpointError(f"{main} is the checkpoint of another model: by its config it should not have {_some(rest)}")
+        raise CheckpointError(
+            f"{main} is the checkpoint of another model: by its config it should not have {_some(rest)}"
+        )
 
 
 def _refuse_absent(absent: list[Entry], rooms_here: set[str], main: Path) -> None:
@@ -280,7 +357,9 @@ def _refuse_absent(absent: list[Entry], rooms_here: set[str], main: Path) -> Non
             raise CheckpointError(f"{main} has no {WHAT[room]}: give one with {flag}")
     if absent:
         some = _some([names.key_of(entry, "hf") for entry in absent])
-        raise CheckpointError(f"{main} is incomplete or the checkpoint of another model: by its config it should have {some}")
+        raise CheckpointError(
+            f"{main} is incomplete or the checkpoint of another model: by its config it should have {some}"
+        )
 
 
 def _some(names_: list[str]) -> str:

@@ -1,6 +1,7 @@
 """safetensors in and out: directories of shards read by slices, and written tensor by tensor.
 
-    u64 header length | JSON {"__metadata__": {"format": "pt"}, name: {dtype, shape, data_offsets}} padded to 8 | raw little-endian data
+u64 header length | JSON {"__metadata__": {"format": "pt"}, name: {dtype, shape, data_offsets}} padded to 8 |
+raw little-endian data
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from vlm_jax.convert.tensors import DTYPES, CheckpointError, Index, Tensor, full
 from vlm_jax.convert.torch_pickle import read_tensors
 
 STORED = {
-    "F64": np.dtype(np.float64), "F32": DTYPES["f32"], "F16": DTYPES["f16"], "BF16": DTYPES["bf16"], "BOOL": np.dtype(np.bool_),
+    "F64": np.dtype(np.float64), "F32": DTYPES["f32"], "F16": DTYPES["f16"], "BF16": DTYPES["bf16"],
+    "BOOL": np.dtype(np.bool_),
     "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in STORED.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,34 +34,45 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_file(path: Path) -> dict[str, Tensor]:
     """Lazy tensors of one safetensors file; a damaged file raises one sentence."""
     try:
-        handle = safe_open(str(path), framework="numpy")
-        names = list(handle.keys())
+        with safe_open(str(path), framework="numpy") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
-    return {name: _lazy(handle, name, path) for name in names}
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}): copy or download it again"
+        ) from error
+    for name, (_, code) in found.items():
+        if code not in STORED:
+            raise CheckpointError(
+                f"{path}: tensor {name} is stored as {code}, which is not supported: use float32, float16 or "
+                "bfloat16"
+            )
+    return {name: _lazy(name, shape, STORED[code], path) for name, (shape, code) in found.items()}
 
 
-def _lazy(handle: safe_open, name: str, path: Path) -> Tensor:
-    """One tensor of an open file, read through `get_slice` so that only the asked slice is touched."""
-    view = handle.get_slice(name)
-    shape, code = tuple(view.get_shape()), view.get_dtype()
-    if code not in STORED:
-        raise CheckpointError(f"{path}: tensor {name} is stored as {code}, which is not supported: use float32, float16 or bfloat16")
+def _lazy(name: str, shape: tuple[int, ...], dtype: np.dtype, path: Path) -> Tensor:
+    """One tensor of a file, read through `get_slice` so that only the asked slice is touched.
+
+    The file is opened for each read: an open one stays mapped, and a conversion would end with the whole
+    model in its resident memory.
+    """
 
     def read(index: Index) -> np.ndarray:
         index = resolve(index, shape)
         if any(i.stop <= i.start for i in index):
-            return np.empty([max(0, i.stop - i.start) for i in index], STORED[code])
-        # a slice over everything is a plain copy; get_slice also refuses an index without axes
-        return handle.get_tensor(name) if index == full(shape) else view[index]
+            return np.empty([max(0, i.stop - i.start) for i in index], dtype)
+        with safe_open(str(path), framework="numpy") as file:
+            # a slice over everything is a plain copy; get_slice also refuses an index without axes
+            return file.get_tensor(name) if index == full(shape) else file.get_slice(name)[index]
 
-    return Tensor(name, shape, STORED[code], str(path), read)
+    return Tensor(name, shape, dtype, str(path), read)
 
 
 def read_directory(directory: Path) -> dict[str, Tensor]:
-    """Lazy tensors of a model directory: safetensors (one file or shards with an index), else pytorch_model*.bin.
+    """Lazy tensors of a model directory: safetensors (one file or shards with an index), else
+    pytorch_model*.bin.
 
     A shard that the index names but is not there, or a tensor that its shard lacks, raises one sentence.
     """
@@ -69,7 +83,8 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
         if (directory / single).is_file():
             return read(directory / single)
     raise CheckpointError(
-        f"{directory} holds no weights: it needs model.safetensors, model.safetensors.index.json with its shards, pytorch_model.bin "
+        f"{directory} holds no weights: it needs model.safetensors, model.safetensors.index.json with its "
+        "shards, pytorch_model.bin "
         "or pytorch_model.bin.index.json with its shards"
     )
 
@@ -83,11 +98,16 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     shards = sorted(set(places.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
-        raise CheckpointError(f"{index.parent} lacks the shard {absent[0]} ({len(absent)} of {len(shards)} missing): copy it again")
+        raise CheckpointError(
+            f"{index.parent} lacks the shard {absent[0]} ({len(absent)} of {len(shards)} missing): copy it "
+            "again"
+        )
     opened = {shard: read(index.parent / shard) for shard in shards}
     lost = [name for name, shard in places.items() if name not in opened[shard]]
     if lost:
-        raise CheckpointError(f"{index.parent / places[lost[0]]} lacks the tensor {lost[0]} that {index.name} places there")
+        raise CheckpointError(
+            f"{index.parent / places[lost[0]]} lacks the tensor {lost[0]} that {index.name} places there"
+        )
     return {name: opened[shard][name] for name, shard in places.items()}
 
 
@@ -105,14 +125,17 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, tensors: Iterable[Planned], progress: Callable[[int], None] = lambda _: None) -> None:
-    """One safetensors file: header from the plan, then the tensors one by one; `progress(bytes)` after each."""
+def write_file(
+    path: Path, tensors: Iterable[Planned], progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """One safetensors file: the header, then the tensors one by one; `progress(bytes)` after each."""
     tensors = list(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {
-            "dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size],
+            "dtype": CODES[tensor.dtype], "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
         }  # fmt: skip
         offset += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -123,7 +146,8 @@ def write_file(path: Path, tensors: Iterable[Planned], progress: Callable[[int],
             values = np.asarray(tensor.read(), order="C")
             if values.shape != tensor.shape or values.dtype != tensor.dtype:
                 raise CheckpointError(
-                    f"tensor {tensor.name} was announced as {tensor.dtype} {tensor.shape} but is {values.dtype} {values.shape}"
+                    f"tensor {tensor.name} was announced as {tensor.dtype} {tensor.shape} but is "
+                    f"{values.dtype} {values.shape}"
                 )
             # bytes, not the array: bfloat16 has no buffer format of its own
             file.write(memoryview(values.reshape(-1).view(np.uint8)))
@@ -134,7 +158,9 @@ def write_file(path: Path, tensors: Iterable[Planned], progress: Callable[[int],
 
 
 def plan_shards(tensors: Iterable[Planned], max_shard: int) -> list[list[Planned]]:
-    """Tensors in order, cut into shards of at most `max_shard` bytes (a larger tensor gets a shard of its own)."""
+    """Tensors in order, cut into shards of at most `max_shard` bytes (a larger tensor gets a shard of its
+    own).
+    """
     shards: list[list[Planned]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -147,9 +173,14 @@ def plan_shards(tensors: Iterable[Planned], max_shard: int) -> list[list[Planned
 
 
 def write_directory(
-    directory: Path, tensors: Iterable[Planned], max_shard: int = 5 * 10**9, progress: Callable[[int], None] = lambda _: None
+    directory: Path,
+    tensors: Iterable[Planned],
+    max_shard: int = 5 * 10**9,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """`model.safetensors`, or `model-0000i-of-0000N.safetensors` with an index when more than one shard is needed."""
+    """`model.safetensors`, or `model-0000i-of-0000N.safetensors` with an index when more than one shard is
+    needed.
+    """
     tensors = list(tensors)
     shards = plan_shards(tensors, max_shard)
     if len(shards) == 1:
@@ -160,5 +191,8 @@ def write_directory(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(directory / name, shard, progress)
         places.update({tensor.name: name for tensor in shard})
-    totals = {"total_parameters": sum(math.prod(t.shape) for t in tensors), "total_size": sum(t.size for t in tensors)}
+    totals = {
+        "total_parameters": sum(math.prod(t.shape) for t in tensors),
+        "total_size": sum(t.size for t in tensors),
+    }
     write_json(directory / INDEX, {"metadata": totals, "weight_map": places})

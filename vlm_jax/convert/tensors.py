@@ -1,7 +1,8 @@
-"""Tensors that are read by slices, and the three layouts in which a checkpoint and our flat parameters differ.
+"""Tensors that are read by slices, and the three layouts in which a checkpoint and our flat parameters
+differ.
 
-A `Tensor` is one array in a file, in the file's layout. A `Leaf` is one of our flat parameters: a single tensor, or L of them stacked on a
-leading layer axis, each passed through a `Layout`:
+A `Tensor` is one array in a file, in the file's layout. A `Leaf` is one of our flat parameters: a single
+tensor, or L of them stacked on a leading layer axis, each passed through a `Layout`:
 
     as_is       ours == theirs
     transpose   ours (in, out)          == theirs (out, in).T                      torch Linear
@@ -62,11 +63,11 @@ class Layout:
     def read(self, tensor: Tensor, index: Index) -> np.ndarray:
         """The slice `index` (of our layout) of a tensor of the file."""
         if self.kind == "transpose":
-            return np.ascontiguousarray(tensor.read((index[1], index[0])).T)
+            return tensor.read((index[1], index[0])).T
         if self.kind == "patch":
             rows = tensor.read((index[1], *full(tensor.shape[1:])))
             pixels = math.prod(tensor.shape[1:])
-            return np.ascontiguousarray(rows.transpose(2, 3, 1, 0).reshape(pixels, len(rows))[index[0]])
+            return rows.transpose(2, 3, 1, 0).reshape(pixels, len(rows))[index[0]]
         if self.kind == "vector":
             return tensor.read((*full(tensor.shape[:-1]), *index)).reshape(-1)
         return tensor.read(index)
@@ -108,11 +109,12 @@ class Leaf:
     def read(self, index: Index | None = None) -> np.ndarray:
         """The slice `index` (default: all) in our layout, reading only what it covers.
 
-        The signature is the one `jax.make_array_from_callback` calls; layers are read one by one into the result.
+        The signature is the one `jax.make_array_from_callback` calls; layers are read one by one into the
+        result.
         """
         index = full(self.shape) if index is None else resolve(index, self.shape)
         if not self.stacked:
-            return self.layout.read(self.parts[0], index)
+            return np.asarray(self.layout.read(self.parts[0], index), order="C")
         layers = range(len(self.parts))[index[0]]
         out = np.empty((len(layers), *(i.stop - i.start for i in index[1:])), self.dtype)
         for row, layer in enumerate(layers):
@@ -142,7 +144,9 @@ class ArrayLeaf:
 
 
 def as_leaves(params: Mapping[str, object]) -> dict[str, object]:
-    """Flat `{path: array or leaf}` to `{path: leaf}`: anything with `shape`, `dtype` and `read(index)` is a leaf."""
+    """Flat `{path: array or leaf}` to `{path: leaf}`: anything with `shape`, `dtype` and `read(index)` is a
+    leaf.
+    """
     return {path: value if hasattr(value, "read") else ArrayLeaf(value) for path, value in params.items()}
 
 
@@ -160,8 +164,8 @@ def resolve(index: Index, shape: Sequence[int]) -> Index:
 def grown(tensor: Tensor, rows: int) -> Tensor:
     """`tensor` (V, D) cut or grown to `rows`: new rows hold the mean of the old ones.
 
-    The mean keeps a new token's logit below the largest of the old ones, so greedy text does not change; it is LLaVA's rule for
-    `<im_start>` and `<im_end>`.
+    The mean keeps a new token's logit below the largest of the old ones, so greedy text does not change; it
+    is LLaVA's rule for `<im_start>` and `<im_end>`.
     """
     old = tensor.shape[0]
     mean: list[np.ndarray] = []
@@ -179,6 +183,8 @@ def grown(tensor: Tensor, rows: int) -> Tensor:
         row, column = resolve(index, (rows, tensor.shape[1]))
         kept = tensor.read((slice(min(row.start, old), min(row.stop, old)), column))
         new = max(0, row.stop - max(row.start, old))
-        return np.concatenate([kept, np.broadcast_to(mean_row()[column], (new, kept.shape[1]))]) if new else kept
+        return (
+            np.concatenate([kept, np.broadcast_to(mean_row()[column], (new, kept.shape[1]))]) if new else kept
+        )
 
     return tensor if rows == old else dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), read=read)

@@ -1,10 +1,13 @@
 """torch.save files without torch: a reader that runs no code, and a writer of plain state dicts.
 
-    zip (torch >= 1.6)   <root>/data.pkl, <root>/data/<key> = raw storage, <root>/byteorder, <root>/version; entries are stored, not deflated
-    legacy (< 1.6)       pickles: magic, protocol, system info, object, storage keys; then per key: int64 element count, raw storage
+    zip (torch >= 1.6)   <root>/data.pkl, <root>/data/<key> = raw storage, <root>/byteorder, <root>/version;
+                         entries are stored, not deflated
+    legacy (< 1.6)       pickles: magic, protocol, system info, object, storage keys;
+                         then per key: int64 element count, raw storage
 
-Both pickle a tensor as `_rebuild_tensor_v2(storage, offset, size, stride, ...)`, the storage as a persistent id
-`("storage", torch.FloatStorage, key, location, elements)`. Storages are memory-mapped on reading, never loaded ahead.
+Both pickle a tensor as `_rebuild_tensor_v2(storage, offset, size, stride, ...)`, the storage as a persistent
+id `("storage", torch.FloatStorage, key, location, elements)`. Storages are memory-mapped on reading, never
+loaded ahead.
 """
 
 from __future__ import annotations
@@ -26,16 +29,21 @@ from vlm_jax.convert.tensors import DTYPES, CheckpointError, Index, Tensor, reso
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
-    "FloatStorage": DTYPES["f32"], "HalfStorage": DTYPES["f16"], "BFloat16Storage": DTYPES["bf16"], "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": DTYPES["f32"], "HalfStorage": DTYPES["f16"], "BFloat16Storage": DTYPES["bf16"],
+    "DoubleStorage": np.dtype(np.float64),
     "LongStorage": np.dtype(np.int64), "IntStorage": np.dtype(np.int32), "ShortStorage": np.dtype(np.int16),
     "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
     "UntypedStorage": np.dtype(np.uint8),
 }  # fmt: skip
 SCALARS = {
-    "float32": DTYPES["f32"], "float": DTYPES["f32"], "float16": DTYPES["f16"], "half": DTYPES["f16"], "bfloat16": DTYPES["bf16"],
-    "float64": np.dtype(np.float64), "double": np.dtype(np.float64), "int64": np.dtype(np.int64), "long": np.dtype(np.int64),
-    "int32": np.dtype(np.int32), "int": np.dtype(np.int32), "int16": np.dtype(np.int16), "short": np.dtype(np.int16),
-    "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8), "bool": np.dtype(np.bool_), "uint16": np.dtype(np.uint16),
+    "float32": DTYPES["f32"], "float": DTYPES["f32"], "float16": DTYPES["f16"], "half": DTYPES["f16"],
+    "bfloat16": DTYPES["bf16"],
+    "float64": np.dtype(np.float64), "double": np.dtype(np.float64), "int64": np.dtype(np.int64),
+    "long": np.dtype(np.int64),
+    "int32": np.dtype(np.int32), "int": np.dtype(np.int32), "int16": np.dtype(np.int16),
+    "short": np.dtype(np.int16),
+    "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8), "bool": np.dtype(np.bool_),
+    "uint16": np.dtype(np.uint16),
     "uint32": np.dtype(np.uint32), "uint64": np.dtype(np.uint64),
 }  # fmt: skip
 WRITTEN = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
@@ -51,16 +59,26 @@ class _Storage:
 
 
 class _Strided:
-    """A tensor of the file: storage, offset, size and strides in elements (gets its name from the dict that holds it)."""
+    """A tensor of the file: storage, offset, size and strides in elements (gets its name from the dict that
+    holds it).
+    """
 
     __slots__ = ("storage", "offset", "shape", "strides", "dtype")
 
     def __init__(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, dtype: np.dtype):
         self.storage, self.offset, self.dtype = storage, int(offset), dtype
         self.shape, self.strides = tuple(map(int, shape)), tuple(map(int, strides))
-        reach = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1 if math.prod(self.shape) else 0
+        reach = (
+            self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
+            if math.prod(self.shape)
+            else 0
+        )
         room = storage.elements * storage.dtype.itemsize
-        if len(self.shape) != len(self.strides) or min((self.offset, *self.shape, *self.strides)) < 0 or reach * dtype.itemsize > room:
+        if (
+            len(self.shape) != len(self.strides)
+            or min((self.offset, *self.shape, *self.strides)) < 0
+            or reach * dtype.itemsize > room
+        ):
             raise pickle.UnpicklingError(f"a tensor of shape {self.shape} does not fit its storage")
 
     def read(self, index: Index) -> np.ndarray:
@@ -70,12 +88,16 @@ class _Strided:
         if not math.prod(shape):
             return np.empty(shape, self.dtype)
         flat = self.storage.map().view(self.dtype)[self.offset :]
-        view = np.lib.stride_tricks.as_strided(flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False)
+        view = np.lib.stride_tricks.as_strided(
+            flat, self.shape, [s * self.dtype.itemsize for s in self.strides], writeable=False
+        )
         return np.array(view[index], order="C")
 
 
 class _Known:
-    """Stands for a global of a torch pickle; calling it runs the function of ours given here, nothing of the file."""
+    """Stands for a global of a torch pickle; calling it runs the function of ours given here, nothing of the
+    file.
+    """
 
     __slots__ = ("call",)
 
@@ -91,7 +113,9 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: An
     return _Strided(storage, offset, shape, strides, storage.dtype)
 
 
-def _typed_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any, dtype: Any, *_: Any) -> _Strided:
+def _typed_tensor(
+    storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> _Strided:
     """torch._utils._rebuild_tensor_v3: the storage is untyped, the type comes apart."""
     return _Strided(storage, offset, shape, strides, dtype)
 
@@ -135,12 +159,18 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in CALLS:
             return _Known(CALLS[module, name])
         raise CheckpointError(
-            f"{self.path} holds the Python object {module}.{name}, not only tensors: it was not run; save a plain state dict or "
+            f"{self.path} holds the Python object {module}.{name}, not only tensors: it was not run; save a "
+            "plain state dict or "
             "safetensors instead"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], np.dtype):
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) < 5
+            or pid[0] != "storage"
+            or not isinstance(pid[1], np.dtype)
+        ):
             raise pickle.UnpicklingError(f"unknown persistent id {pid!r:.80}")
         storage = self.storage(str(pid[2]), pid[1], int(pid[4]))
         view = pid[5] if len(pid) > 5 else None
@@ -154,10 +184,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(path: str | os.PathLike) -> Any:
-    """The object that `torch.save` wrote, with lazy `Tensor`s in place of tensors (named by their keys, joined with dots).
+    """The object that `torch.save` wrote, with lazy `Tensor`s in place of tensors (named by their keys,
+    joined with dots).
 
-    No code of the file is run. Any global other than torch's tensor constructors, a truncated file, or a file of another kind raises one
-    sentence naming the file.
+    No code of the file is run. Any global other than torch's tensor constructors, a truncated file, or a file
+    of another kind raises one sentence naming the file.
     """
     path = Path(path)
     try:
@@ -175,7 +206,9 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Lazy tensors of a state dict file (`pytorch_model.bin`, `mm_projector.bin`); values that are no tensors are refused."""
+    """Lazy tensors of a state dict file (`pytorch_model.bin`, `mm_projector.bin`); values that are no tensors
+    are refused.
+    """
     found = load(path)
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} is not a flat state dict of tensors: save model.state_dict() itself")
@@ -199,9 +232,14 @@ def _load_zip(file: BinaryIO, path: Path) -> Any:
     archive = zipfile.ZipFile(file)
     entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
     if "constants.pkl" in entries or "data.pkl" not in entries:
-        raise CheckpointError(f"{path} is a TorchScript or other zip archive, not a state dict: save model.state_dict() with torch.save")
+        raise CheckpointError(
+            f"{path} is a TorchScript or other zip archive, not a state dict: save model.state_dict() with "
+            "torch.save"
+        )
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise CheckpointError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        raise CheckpointError(
+            f"{path} was written on a big-endian machine: save it again on a little-endian one"
+        )
 
     def storage(key: str, dtype: np.dtype, elements: int) -> _Storage:
         entry = entries[f"data/{key}"]
@@ -228,8 +266,10 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _mapping(path: Path, offset: int, size: int) -> Callable[[], np.ndarray]:
-    """A function that maps `size` bytes at `offset`; the map is made anew each time, so no file stays open."""
-    return lambda: np.asarray(np.memmap(path, np.uint8, "r", offset, (size,))) if size else np.empty(0, np.uint8)
+    """A function that maps `size` bytes at `offset`, anew each time, so that no file stays open."""
+    return lambda: (
+        np.asarray(np.memmap(path, np.uint8, "r", offset, (size,))) if size else np.empty(0, np.uint8)
+    )
 
 
 def _load_legacy(file: BinaryIO, path: Path) -> Any:
@@ -245,7 +285,9 @@ def _load_legacy(file: BinaryIO, path: Path) -> Any:
     if part() != MAGIC or part() != PROTOCOL:
         raise pickle.UnpicklingError("no torch header")
     if not part().get("little_endian", True):
-        raise CheckpointError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        raise CheckpointError(
+            f"{path} was written on a big-endian machine: save it again on a little-endian one"
+        )
     found, keys = part(), part()
     end = os.fstat(file.fileno()).st_size
     for key in keys:
@@ -260,9 +302,11 @@ def _load_legacy(file: BinaryIO, path: Path) -> Any:
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write `{name: array}` as `torch.save` would: `torch.load(path, weights_only=True)` gives the state dict back.
+    """Write `{name: array}` as `torch.save` would: `torch.load(path, weights_only=True)` gives the state dict
+    back.
 
-    Types: float32, float16, bfloat16, float64, integers, bool. The file appears under its name only when it is complete.
+    Types: float32, float16, bfloat16, float64, integers, bool. The file appears under its name only when it
+    is complete.
     """
     root = Path(path).stem
     with replacing(path) as partial, open(partial, "wb") as file:
@@ -276,7 +320,9 @@ def save(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _entry(name: str, at: int) -> zipfile.ZipInfo:
-    """A zip entry with a fixed date, its data aligned to 64 bytes by a padding field as torch does (`at` = 0: not aligned)."""
+    """A zip entry with a fixed date, its data aligned to 64 bytes by a padding field as torch does (`at` = 0:
+    not aligned).
+    """
     entry = zipfile.ZipInfo(name)
     if at:
         gap = -(at + 30 + len(name) + 4) % 64
@@ -285,16 +331,27 @@ def _entry(name: str, at: int) -> zipfile.ZipInfo:
 
 
 def _pickled(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Protocol-2 pickle of the state dict, spelled out because its globals name torch, which is not there to be imported."""
+    """Protocol-2 pickle of the state dict, spelled out because its globals name torch, which is not there to
+    be imported.
+    """
     out = [b"\x80\x02}("]
     for key, (name, values) in enumerate(tensors.items()):
         if values.dtype not in WRITTEN:
-            raise CheckpointError(f"tensor {name} of type {values.dtype} cannot be written to a torch file: cast it to float32")
+            raise CheckpointError(
+                f"tensor {name} of type {values.dtype} cannot be written to a torch file: cast it to float32"
+            )
         strides = [math.prod(values.shape[i + 1 :]) for i in range(values.ndim)]
-        storage = _text("storage") + f"ctorch\n{WRITTEN[values.dtype]}\n".encode() + _text(str(key)) + _text("cpu") + _int(values.size)
+        storage = (
+            _text("storage")
+            + f"ctorch\n{WRITTEN[values.dtype]}\n".encode()
+            + _text(str(key))
+            + _text("cpu")
+            + _int(values.size)
+        )
         out += [
             _text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", b"(", storage, b"tQ", _int(0),
-            b"(", *map(_int, values.shape), b"t(", *map(_int, strides), b"t\x89ccollections\nOrderedDict\n)RtR",
+            b"(", *map(_int, values.shape), b"t(", *map(_int, strides),
+            b"t\x89ccollections\nOrderedDict\n)RtR",
         ]  # fmt: skip
     return b"".join(out) + b"u."
 

@@ -1,10 +1,12 @@
-"""Writing models: LlavaForConditionalGeneration directories, original LLaVA directories, and `mm_projector.bin`.
+"""Writing models: LlavaForConditionalGeneration directories, original LLaVA directories, and
+`mm_projector.bin`.
 
-    params {path: array or leaf}  --one tensor at a time-->  model*.safetensors + config.json + processor + tokenizer files
+    params {path: array or leaf}  --one tensor at a time-->  model*.safetensors
+                                                             + config.json, processor and tokenizer files
 
-The default names (`hf`) are those that transformers published from 4.36 to 4.51 and that every version since reads; what 5.23 writes for
-a new model (`hf_5_saved`) is not read by 4.x. `source` gives the names, and without `dtype` the very bytes, of the checkpoint that the
-model came from.
+The default names (`hf`) are those that transformers published from 4.36 to 4.51 and that every version since
+reads; what 5.23 writes for a new model (`hf_5_saved`) is not read by 4.x. `source` gives the names, and
+without `dtype` the very bytes, of the checkpoint that the model came from.
 """
 
 from __future__ import annotations
@@ -28,7 +30,18 @@ from vlm_jax.convert.names import Entry
 from vlm_jax.convert.processor_files import CHAT_TEMPLATE, preprocessor_config, processor_config
 from vlm_jax.convert.read import Checkpoint
 from vlm_jax.convert.shards import Planned, write_directory
-from vlm_jax.convert.tensors import DTYPES, TORCH_NAMES, CheckpointError, Index, Leaf, Tensor, as_leaves, full, grown, resolve
+from vlm_jax.convert.tensors import (
+    DTYPES,
+    TORCH_NAMES,
+    CheckpointError,
+    Index,
+    Leaf,
+    Tensor,
+    as_leaves,
+    full,
+    grown,
+    resolve,
+)
 from vlm_jax.convert.tokenizer_files import COPIED, TokenizerFiles, for_export
 
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json")
@@ -54,14 +67,15 @@ def export(
 ) -> None:
     """Write the model of `config` and flat `params` to `directory`, all of it or nothing.
 
-    params: {path: numpy or jax array, or anything with shape, dtype and read(index)}; tower parameters that no computation needs may be
-    missing and are then neutral. names: hf, hf_4.52, hf_5, hf_5_saved (LlavaForConditionalGeneration), llava (the original program) or
-    source. dtype: f32, f16, bf16 (default: as the parameters are). max_shard: bytes.
-    source: the checkpoint that the model came from; its tokenizer, processor and generation files are copied.
-    tokenizer: directory of the tokenizer; for hf names `<image>` and `<pad>` are added to it and the vocabulary grows to hold them.
-    image_token: id of the image token when there is no tokenizer (default: a new row after the vocabulary).
-    tokens: bos_token_id, eos_token_id, pad_token_id. tower: what an original config.json names as mm_vision_tower.
-    progress(done, total): bytes written.
+    params: {path: numpy or jax array, or anything with shape, dtype and read(index)}; tower parameters that
+    no computation needs may be missing and are then neutral. names: hf, hf_4.52, hf_5, hf_5_saved
+    (LlavaForConditionalGeneration), llava (the original program) or source. dtype: f32, f16, bf16 (default:
+    as the parameters are). max_shard: bytes. source: the checkpoint that the model came from; its tokenizer,
+    processor and generation files are copied. tokenizer: directory of the tokenizer; for hf names `<image>`
+    and `<pad>` are added to it and the vocabulary grows to hold them. image_token: id of the image token when
+    there is no tokenizer (default: a new row after the vocabulary). tokens: bos_token_id, eos_token_id,
+    pad_token_id. tower: what an original config.json names as mm_vision_tower. progress(done, total): bytes
+    written.
     """
     if names not in ("source", *naming.NAMINGS):
         raise CheckpointError(f"names={names!r} is unknown: use source, {', '.join(naming.NAMINGS)}")
@@ -97,11 +111,18 @@ def export(
         write_json(stage / "config.json", config_json)
 
 
-def export_projector(path: str | os.PathLike, config: VLMConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
-    """Write the projector alone as LLaVA's stage 1 does: a torch file with keys `model.mm_projector.0.weight` and so on."""
+def export_projector(
+    path: str | os.PathLike, config: VLMConfig, params: Mapping[str, Any], dtype: str | None = None
+) -> None:
+    """Write the projector alone as LLaVA's stage 1 does: a torch file with keys `model.mm_projector.0.weight`
+    and so on.
+    """
     leaves = as_leaves({path: value for path, value in params.items() if path.startswith("projector/")})
     if not leaves:
-        raise CheckpointError(f"{path} would be empty: a model with projector {config.projector.kind} has no projector parameters")
+        raise CheckpointError(
+            f"{path} would be empty: a model with projector {config.projector.kind} has no projector "
+            "parameters"
+        )
     planned = plan(config, leaves, "llava", dtype, rooms=("projector",))
     torch_pickle.save(path, {tensor.name: tensor.read() for tensor in planned})
 
@@ -114,13 +135,19 @@ def plan(
     source: Checkpoint | None = None,
     rooms: tuple[str, ...] = naming.ROOMS,
 ) -> list[Planned]:
-    """Every tensor to write: name, shape, type, and a function that reads its values; a missing parameter raises."""
+    """Every tensor to write: name, shape, type, and a function that reads its values; a missing parameter
+    raises.
+    """
     planned = []
     for entry in naming.entries(config, rooms):
         leaf = leaves.get(entry.path)
         if leaf is None and not entry.optional:
             raise CheckpointError(f"the parameters lack {entry.path}, which a model of this config has")
-        name = _source_name(source, entry) if names == "source" else naming.key_of(entry, names, config.projector.kind)
+        name = (
+            _source_name(source, entry)
+            if names == "source"
+            else naming.key_of(entry, names, config.projector.kind)
+        )
         if name:
             kind = DTYPES[dtype] if dtype else _stored(leaf, entry)
             planned.append(Planned(name, entry.shape, kind, _reader(entry, leaf, kind)))
@@ -146,7 +173,10 @@ def _reader(entry: Entry, leaf: Any, dtype: np.dtype) -> Callable[[], np.ndarray
         whole = _as_tensor(entry, leaf)
         return lambda: grown(whole, entry.shape[0]).read(full(entry.shape)).astype(dtype)
     if held != ours:
-        raise CheckpointError(f"parameter {entry.path} has shape {list(leaf.shape)}, by the config each tensor in it should have {list(ours)}")
+        raise CheckpointError(
+            f"parameter {entry.path} has shape {list(leaf.shape)}, by the config each tensor in it should "
+            f"have {list(ours)}"
+        )
 
     def read() -> np.ndarray:
         values = leaf.read((slice(entry.layer, entry.layer + 1),))[0] if stacked else leaf.read()
@@ -187,18 +217,25 @@ def _source_name(source: Checkpoint, entry: Entry) -> str:
 def _source_config(source: Checkpoint | None, config: VLMConfig, dtype: str | None) -> dict[str, Any]:
     """The source's own config.json, with its dtype changed if asked for."""
     if source is None or source.naming is None or source.config != config:
-        raise CheckpointError("names=source needs a model that came whole and unchanged in size from one LLaVA directory: export with names=hf")
+        raise CheckpointError(
+            "names=source needs a model that came whole and unchanged in size from one LLaVA directory: "
+            "export with names=hf"
+        )
     raw = dict(source.raw)
     if dtype:
         raw["dtype" if "dtype" in raw else "torch_dtype"] = TORCH_NAMES[DTYPES[dtype]]
     return raw
 
 
-def _tokenizer(names: str, tokenizer: str | os.PathLike | None, source: Checkpoint | None) -> TokenizerFiles | None:
+def _tokenizer(
+    names: str, tokenizer: str | os.PathLike | None, source: Checkpoint | None
+) -> TokenizerFiles | None:
     """Tokenizer files with the image token, for an HF export of a model whose tokenizer has none yet."""
     if names == "llava":
         return None
-    directory = Path(tokenizer) if tokenizer else source.directory if source and source.kind != "llava_hf" else None
+    directory = (
+        Path(tokenizer) if tokenizer else source.directory if source and source.kind != "llava_hf" else None
+    )
     if directory is None or not (tokenizer or any((directory / name).is_file() for name in COPIED[:2])):
         return None
     return for_export(directory)
@@ -207,13 +244,17 @@ def _tokenizer(names: str, tokenizer: str | os.PathLike | None, source: Checkpoi
 def _with_special_tokens(
     config: VLMConfig, image_token: int | None, tokens: dict[str, Any], extra: TokenizerFiles | None
 ) -> tuple[VLMConfig, int, dict[str, Any]]:
-    """The config with rows for the image and pad tokens, padded as the published checkpoints are, and the ids."""
+    """The config with rows for the image and pad tokens, padded as the published checkpoints are, and the
+    ids.
+    """
     if extra is not None:
         tokens = {**extra.tokens, **tokens, "pad_token_id": extra.tokens["pad_token_id"]}
     image_token = config.llm.vocab if image_token is None else image_token
     rows = max(image_token, tokens.get("pad_token_id") or 0) + 1
     if rows > config.llm.vocab:
-        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=-(-rows // ROUND) * ROUND))
+        config = dataclasses.replace(
+            config, llm=dataclasses.replace(config.llm, vocab=-(-rows // ROUND) * ROUND)
+        )
     return config, image_token, tokens
 
 
@@ -229,7 +270,9 @@ def _write_files(
 ) -> None:
     """Everything beside weights and config.json: what the source has is copied, the rest is made."""
     origin = Path(tokenizer) if tokenizer else source.directory if source else None
-    same_family = source is not None and (names == "source" or (source.kind == "llava_hf") == (names != "llava"))
+    same_family = source is not None and (
+        names == "source" or (source.kind == "llava_hf") == (names != "llava")
+    )
     copied = set(COPIED if extra is None and origin is not None else ())
     for name in sorted(copied):
         if (origin / name).is_file():

@@ -145,7 +145,7 @@ def check_limit(bad: int, max_bad: int, sentence: str) -> None:
     """Raise DataError when more samples are bad than the config allows."""
     if bad > max_bad:
         raise DataError(
-            f"{bad} samples are unusable, more than data.max_bad={max_bad} allows; the last one: {sentence}"
+            f"{bad} samples are unusable, more than train.max_bad_samples={max_bad}; the last one: {sentence}"
         )
 
 

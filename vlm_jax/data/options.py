@@ -32,7 +32,7 @@ class DataConfig:
     sample_length: int = 2048
     max_samples: int | None = None
     generated_watches: int = 0
-    generated_task: str = "questions"
+    generated_task: str = "rounds"
     seed: int = 0
     cache: str = ""
     threads: int = 8

@@ -186,13 +186,14 @@ class Batches:
     ):
         if global_batch % process_count:
             raise DataError(
-                f"train.batch={global_batch} rows cannot be divided evenly among {process_count} hosts"
+                f"train.global_batch={global_batch} rows cannot be divided evenly among {process_count} hosts"
             )
         self.rows, self.global_batch, self.waited = rows, global_batch, 0.0
         self._identity = rows.identity()
         self.step, self._row = start_step, start_step * global_batch
         if state is not None:
             self.step, self._row = check_state(state, self._identity)
+        self._origin = self._row - self.step * global_batch  # row that step 0 would start with
         local = global_batch // process_count
         source = _HostRows(rows, self._row, global_batch, process_index * local, local)
         ahead = max(2 * local, 2 * num_threads, 1)
@@ -214,6 +215,12 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps to continue with the batch after the last one returned (JSON)."""
         return {"step": self.step, "row": self._row, **self._identity}
+
+    def samples_of(self, step: int) -> list[int]:
+        """Indices of the records in the batch of `step`, over all hosts."""
+        first = self._origin + step * self.global_batch
+        rows = range(first, min(first + self.global_batch, len(self.rows)))
+        return [int(index) for row in rows for index in self.rows.records_of(row)]
 
 
 def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[int, int]:

@@ -17,13 +17,14 @@ import os
 from pathlib import Path
 from typing import Iterator, Sequence
 
+from vlm_jax.config import UserError
 from vlm_jax.data.templates import IMAGE_TEXT
 
 ROLES = {"human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}
 Turn = tuple[str, str]  # ("human" | "gpt", text)
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record or data file that cannot be used; the message names file and record."""
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Iterable, NamedTuple, Sequence
 
+from vlm_jax.config import UserError
+
 IMAGE_TEXT = "<image>"
 PLACEHOLDER_TEXT = "<image-placeholder>"
 
@@ -24,7 +26,7 @@ Message = (
 )  # text; (text, image, mode) as a web page sends it; None for the turn to be generated
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError):
     """An unknown template, or a dialogue that the template cannot render."""
 
 

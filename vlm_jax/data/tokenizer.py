@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from vlm_jax.config import IMAGE
+from vlm_jax.config import IMAGE, UserError
 from vlm_jax.data.templates import IMAGE_TEXT
 from vlm_jax.data.tokenizer_models import AddedToken, SentencePieceModel, Span, TokenizersModel
 
@@ -25,7 +25,7 @@ _NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
 _PADDING_ROWS = 1024  # how many more rows than tokens an embedding may have (they are padded to round sizes)
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """Tokenizer files that cannot be used, or that do not belong to the model."""
 
 

@@ -115,14 +115,14 @@ def _best(logits: jax.Array, scores: jax.Array, keep: int) -> Candidates:
 def beam_search(generator: Any, placed: Sequence[Placed], how: Any) -> list[list[int]]:
     """New ids of every prompt, EOS included; `generator` and `how` are a Generator and its Decoding."""
     width, n = how.beams, len(placed)
-    shape, room = generator.shapes(placed, how)
+    shape = generator.shapes(placed)
     rows = shape["rows"]
     keep = min(max(2, 1 + len(generator.eos)) * width, width * generator.config.llm.vocab)
     start, step = _programs(generator.config, generator.compute, generator.mesh)
     searches = [Beams(width, how.length_penalty, generator.eos) for _ in range(n)]
     with generator.place():
         batch = generator.on_device(batch_of(placed, generator.config, **shape))
-        found, cache, position = start(generator.params, batch, new=room, width=width, keep=keep)
+        found, cache, position = start(generator.params, batch, new=how.max_new_tokens, width=width, keep=keep)
         for made in range(how.max_new_tokens):
             found = jax.device_get(found)
             origin, token = np.arange(rows * width, dtype=np.int32), np.zeros(rows * width, np.int32)

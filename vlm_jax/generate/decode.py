@@ -30,6 +30,7 @@ from vlm_jax.parallel import rules
 STOP_CHUNK = 16  # new tokens between two looks for stop strings
 STREAM_CHUNK = 4  # new tokens between two pieces of a stream
 PROMPT_BUCKET, NEW_BUCKET = 64, 16  # smallest row length and smallest room for new tokens
+FIRST_ROOM = 64  # new tokens that the cache has room for at first; doubled when they are used up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +136,15 @@ class Generator:
         if rest.startswith(shown) and rest != shown:
             yield rest[len(shown) :]
 
-    def shapes(self, placed: Sequence[Placed], how: Decoding) -> tuple[dict[str, int], int]:
-        """(rows, slots and views of the batch, room for new tokens) for some prompts."""
+    def shapes(self, placed: Sequence[Placed]) -> dict[str, int]:
+        """Rows, slots and views of the batch for some prompts."""
         rows = min(power_of_two(len(placed)), max(self.batch_size, len(placed)))
         if self.mesh is not None:
             whole = math.prod(self.mesh.shape[axis] for axis in rules.DEFAULT_RULES["batch"])
             rows = -(-rows // whole) * whole
         slots = bucket(max(map(len, placed)), PROMPT_BUCKET)
         views = power_of_two(max(p.prompt.views for p in placed))
-        return {"rows": rows, "slots": slots, "views": views}, bucket(how.max_new_tokens, NEW_BUCKET)
+        return {"rows": rows, "slots": slots, "views": views}
 
     def _rows_together(self, placed: Sequence[Placed], how: Decoding) -> int:
         """batch_size, or 1 where dynamic rope would stretch every row by the longest of the batch (as transformers does)."""
@@ -159,9 +160,9 @@ class Generator:
         return {k: jax.device_put(x, rules.sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, *current)) for k, x in batch.items()}
 
     def _advance(self, placed: Sequence[Placed], how: Decoding, seeds: Sequence[int], every: int) -> Iterator[list[list[int]]]:
-        """Decode one batch; yields the new ids of every prompt so far, after each `every` tokens and at the end."""
-        shape, room = self.shapes(placed, how)
-        rows, n = shape["rows"], len(placed)
+        """Decode one batch; yields the new ids of every prompt so far, after `every` tokens or fewer and at the end."""
+        shape, most = self.shapes(placed), bucket(how.max_new_tokens, NEW_BUCKET)
+        rows, n, room = shape["rows"], len(placed), min(most, FIRST_ROOM)
         ended: list[list[int] | None] = [None] * n
         with self.place():
             batch = self.on_device(batch_of(placed, self.config, **shape))
@@ -174,7 +175,7 @@ class Generator:
             state = self.programs.prefill(self.params, batch, keys, settings, eos, new=room, plain=how.plain)
         checked, upto = 0, 0
         while True:
-            upto = min(upto + every, how.max_new_tokens)
+            upto = min(upto + every, how.max_new_tokens, room)
             with self.place():
                 state = self.programs.decode(self.params, state, settings, eos, jnp.int32(upto), plain=how.plain)
             step, out = int(state.step), np.asarray(state.out)
@@ -189,6 +190,10 @@ class Generator:
                 return
             if stopped.any():
                 state = state._replace(done=jnp.asarray(stopped) | state.done)
+            if upto == room:
+                room = min(2 * room, most)
+                with self.place():
+                    state = self.programs.grow(state, new=room)
 
     def _until_eos(self, ids: np.ndarray) -> list[int]:
         """`ids` up to and including the first EOS."""

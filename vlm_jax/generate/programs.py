@@ -2,7 +2,8 @@
 
     prefill   rows [B, T] -> cache [L, B, T + N, K, H] with T slots filled, and the first new token of every row
     decode    until `upto` tokens exist or every row is done: embed the last token, attend to the cache, choose the next
-Both are compiled once per (B, T, I, N); the cache is donated, so a step updates it in place.
+    grow      more room N for new tokens, so that short answers never pay for the longest one allowed
+Each is compiled once per (B, T, I, N); the cache is donated, so a step updates it in place.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Programs(NamedTuple):
 
     prefill: Callable[..., State]
     decode: Callable[..., State]
+    grow: Callable[..., State]
 
 
 @functools.lru_cache(maxsize=16)
@@ -55,6 +57,7 @@ def programs(config: VLMConfig, compute: Compute, mesh: Mesh | None) -> Programs
     return Programs(
         jax.jit(first, static_argnames=("new", "plain")),
         jax.jit(loop, static_argnames=("plain",), donate_argnames=("state",)),
+        jax.jit(_grow, static_argnames=("new",)),
     )
 
 
@@ -119,6 +122,16 @@ def _decode(
         return _append(state._replace(cache=cache, position=state.position + ~state.done), token, eos)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+def _grow(state: State, *, new: int) -> State:
+    """Room for `new` tokens in place of the N there were."""
+    more = new - state.out.shape[1]
+    slots = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+    cache = state.cache._replace(
+        k=jnp.pad(state.cache.k, slots), v=jnp.pad(state.cache.v, slots), segments=jnp.pad(state.cache.segments, ((0, 0), (0, more)))
+    )
+    return state._replace(cache=cache, out=jnp.pad(state.out, ((0, 0), (0, more))))
 
 
 def _next(logits: jax.Array, keys: jax.Array, settings: Settings, seen: jax.Array | None, step: jax.Array, plain: bool) -> jax.Array:

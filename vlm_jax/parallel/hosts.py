@@ -1,8 +1,9 @@
-"""Several processes as one program: start-up, which rows a process loads, and batches made of every process's rows.
+"""Several processes as one program: start-up, which rows a process loads, and batches made of every process's
+rows.
 
-    python -m vlm_jax train ...                                    one process: nothing to do
-    srun python -m vlm_jax train ...    or on every TPU host       found by jax.distributed itself
-    VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0 python -m vlm_jax train ...
+python -m vlm_jax train ...                                    one process: nothing to do
+srun python -m vlm_jax train ...    or on every TPU host       found by jax.distributed itself
+VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0 python -m vlm_jax train ...
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from vlm_jax.config import ConfigError
 from vlm_jax.parallel.rules import DEFAULT_RULES, Rules
 
 
-def initialise(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Join the other processes, before anything touches a device. Arguments win over VLM_JAX_* variables, these over a cluster."""
+def initialise(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Join the other processes, before anything touches a device. Arguments win over VLM_JAX_* variables,
+    these over a cluster.
+    """
     coordinator = coordinator or os.environ.get("VLM_JAX_COORDINATOR")
     if coordinator:
         count = processes if processes is not None else _number("VLM_JAX_PROCESSES")
@@ -35,13 +40,20 @@ def initialise(coordinator: str | None = None, processes: int | None = None, pro
 def _number(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdigit():
-        raise ConfigError(f"{name}={value!r} must be a number when a coordinator is given: set VLM_JAX_PROCESSES and VLM_JAX_PROCESS")
+        raise ConfigError(
+            f"{name}={value!r} must be a number when a coordinator is given: "
+            "set VLM_JAX_PROCESSES and VLM_JAX_PROCESS"
+        )
     return int(value)
 
 
 def _on_tpu_host() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
-    return wanted and importlib.util.find_spec("libtpu") is not None and bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
+    return (
+        wanted
+        and importlib.util.find_spec("libtpu") is not None
+        and bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
+    )
 
 
 def is_first() -> bool:
@@ -65,11 +77,16 @@ def data_shard(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:
     where = NamedSharding(mesh, PartitionSpec(over)).addressable_devices_indices_map((parts,))
     mine = sorted({index[0].indices(parts)[0] for index in where.values()})
     if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
-        raise ConfigError(f"this process would load rows {mine} of {parts}, which are not one block: put mesh.data and mesh.fsdp first")
+        raise ConfigError(
+            f"this process would load rows {mine} of {parts}, which are not one block: "
+            "put mesh.data and mesh.fsdp first"
+        )
     return mine[0] // len(mine), parts // len(mine)
 
 
-def to_devices(local: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding] | None) -> dict[str, jax.Array]:
+def to_devices(
+    local: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding] | None
+) -> dict[str, jax.Array]:
     """Global arrays from this process's rows (all rows where there is one process), laid out by `shardings`."""
     if shardings is None:
         return {key: jax.device_put(x) for key, x in local.items()}

@@ -3,9 +3,11 @@
     checkpoints/base/            frozen parameters, written once per run
     checkpoints/<step>/params    trainable parameters
     checkpoints/<step>/optimizer moments
-    checkpoints/<step>/meta      JSON: step, rng, data state, config, {path: [shape, dtype]} of every parameter
+    checkpoints/<step>/meta      JSON: step, rng, data state, config, {path: [shape, dtype]} of every
+    parameter
 
-A step directory appears only when it is complete, and an old one goes only after that, so a process killed at any moment, or a
+A step directory appears only when it is complete, and an old one goes only after that, so a process killed at
+any moment, or a
 full disk, costs at most what was trained since the last checkpoint.
 """
 
@@ -21,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vlm_jax.config import UserError
 from vlm_jax.nn.params import Params
 from vlm_jax.train.state import TrainState
 
 Leaves = dict[str, list]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or does not fit; the message names the folder and what to do."""
 
 
@@ -44,14 +47,20 @@ class Checkpointer:
         self._keep = keep
         # old steps are removed here and not by Orbax, which can remove them although the new one failed
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
-        self._steps = ocp.CheckpointManager(self.folder, options=options, item_names=("params", "optimizer", "meta"))
+        self._steps = ocp.CheckpointManager(
+            self.folder, options=options, item_names=("params", "optimizer", "meta")
+        )
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._steps.latest_step()
 
-    def save(self, step: int, state: TrainState, data: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
-        """Start writing; returns as soon as the arrays are copied. An earlier save that failed in the background raises here."""
+    def save(
+        self, step: int, state: TrainState, data: Mapping[str, Any] | None, config: Mapping[str, Any]
+    ) -> None:
+        """Start writing; returns as soon as the arrays are copied. An earlier save that failed in the
+        background raises here.
+        """
         rng = np.asarray(jax.device_get(state.rng)).tolist()
         meta = {"step": step, "rng": rng, "data": data, "config": config}
         meta |= {"trainable": leaves_of(state.trainable), "frozen": leaves_of(state.frozen)}
@@ -66,7 +75,9 @@ class Checkpointer:
             self._steps.save(step, args=items)
 
     def wait(self) -> None:
-        """Return when everything is on disk and old steps are gone; raises CheckpointError if something could not be written."""
+        """Return when everything is on disk and old steps are gone; raises CheckpointError if something could
+        not be written.
+        """
         with self._reporting(None):
             self._steps.wait_until_finished()
             self._steps.check_for_errors()
@@ -90,18 +101,23 @@ class Checkpointer:
         for part, leaves in (("trainable", goal.trainable), ("frozen", goal.frozen)):
             self._same_leaves(meta[part], leaves_of(leaves), part)
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(goal.trainable), optimizer=ocp.args.StandardRestore(goal.opt_state)
+            params=ocp.args.StandardRestore(goal.trainable),
+            optimizer=ocp.args.StandardRestore(goal.opt_state),
         )
         read = self._steps.restore(step, args=items)
         frozen = self._read_base(goal.frozen)
 
         def place(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.make_array_from_callback(like.shape, like.sharding, np.asarray(value, like.dtype).__getitem__)
+            return jax.make_array_from_callback(
+                like.shape, like.sharding, np.asarray(value, like.dtype).__getitem__
+            )
 
         step, rng = place(step, goal.step), place(meta["rng"], goal.rng)
         return TrainState(step, read["params"], frozen, read["optimizer"], rng), meta
 
-    def params(self, shardings: Mapping[str, Any] | None = None, step: int | None = None) -> tuple[Params, dict[str, Any]]:
+    def params(
+        self, shardings: Mapping[str, Any] | None = None, step: int | None = None
+    ) -> tuple[Params, dict[str, Any]]:
         """(all parameters {path: array}, meta), without optimizer: for evaluation, generation and export.
 
         shardings: where each goes, default: the first device.
@@ -110,16 +126,22 @@ class Checkpointer:
 
         def goal(leaves: Leaves) -> dict[str, jax.ShapeDtypeStruct]:
             where = shardings or {}
-            shapes = {p: jax.ShapeDtypeStruct(tuple(n), dtype, sharding=where.get(p)) for p, (n, dtype) in leaves.items()}
+            shapes = {
+                p: jax.ShapeDtypeStruct(tuple(n), dtype, sharding=where.get(p))
+                for p, (n, dtype) in leaves.items()
+            }
             return {path: _with_sharding(s) for path, s in shapes.items()}
 
-        read = self._steps.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(goal(meta["trainable"]))))
+        read = self._steps.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(goal(meta["trainable"])))
+        )
         return {**self._read_base(goal(meta["frozen"])), **read["params"]}, meta
 
     def _existing(self, step: int | None) -> int:
         found = self.latest() if step is None else step
         if found is None or found not in self._steps.all_steps():
-            raise CheckpointError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}: check the path of the run")
+            wanted = "" if step is None else f" of step {step}"
+            raise CheckpointError(f"{self.folder} holds no checkpoint{wanted}: check the path of the run")
         return found
 
     def _same_leaves(self, saved: Leaves, wanted: Leaves, part: str) -> None:
@@ -127,8 +149,8 @@ class Checkpointer:
             if saved.get(path) != wanted.get(path):
                 there, here = (_describe(leaves.get(path)) for leaves in (saved, wanted))
                 raise CheckpointError(
-                    f"the checkpoint in {self.folder} is of another model or recipe: its {part} parameter {path} is {there}, "
-                    f"this config's is {here}; use the config saved beside it, or another run folder"
+                    f"the checkpoint in {self.folder} is of another model or recipe: its {part} parameter "
+                    f"{path} is {there}, this config's is {here}; use the config saved beside it, or another run folder"
                 )
 
     def _save_base(self, frozen: Params) -> None:
@@ -150,17 +172,25 @@ class Checkpointer:
         except Exception as error:
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             kept = self._complete()
-            intact = f"the checkpoint of step {kept[-1]} is intact" if kept else "no checkpoint had been written before"
+            intact = (
+                f"the checkpoint of step {kept[-1]} is intact"
+                if kept
+                else "no checkpoint had been written before"
+            )
             free = shutil.disk_usage(self.folder).free / 2**30
             cause = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{what} could not be written to {self.folder} ({free:.1f} GiB free there): {cause}; {intact}: "
-                "make room and start the same command again"
+                f"{what} could not be written to {self.folder} ({free:.1f} GiB free there): {cause}; "
+                f"{intact}: make room and start the same command again"
             ) from error
 
     def _complete(self) -> list[int]:
         """Steps that are complete on disk, read afresh."""
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+        return sorted(
+            int(p.name)
+            for p in self.folder.iterdir()
+            if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()
+        )
 
 
 def _describe(leaf: list | None) -> str:

@@ -1,4 +1,6 @@
-"""Batches on their way to the devices: read and copied ahead by one thread, each with the data state that a checkpoint needs."""
+"""Batches on their way to the devices: read and copied ahead by one thread, each with the data state that a
+checkpoint needs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import numpy as np
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.train.step import batch_shardings, split_micro_batches
 
-# (first step wanted, data state of the checkpoint or None) -> iterator of (step, row batch of this process); it may also have
+# (first step wanted, data state of the checkpoint or None) -> iterator of (step, row batch of this process);
+# it may also have
 # state() -> dict (JSON: where it stands) and samples_of(step) -> list (what a batch is made of, for messages)
 OpenBatches = Callable[[int, dict[str, Any] | None], Iterator[tuple[int, dict[str, np.ndarray]]]]
 
@@ -32,7 +35,9 @@ class Feed:
     shapes, dtypes: {key: global shape [A, B, ...]}, {key: dtype} of every batch.
     """
 
-    def __init__(self, open_batches: OpenBatches, start: int, state: dict[str, Any] | None, accum: int, ahead: int = 2):
+    def __init__(
+        self, open_batches: OpenBatches, start: int, state: dict[str, Any] | None, accum: int, ahead: int = 2
+    ):
         self.waited, self._accum = 0.0, accum
         self._batches = open_batches(start, state)
         self._queue: queue.Queue = queue.Queue(ahead)
@@ -42,7 +47,9 @@ class Feed:
         shards = hosts.data_shard(*rules.current())[1] if rules.current() else 1
         self.shapes = {key: (x.shape[0], x.shape[1] * shards, *x.shape[2:]) for key, x in local.items()}
         self.dtypes = {key: x.dtype for key, x in local.items()}
-        self._shardings = batch_shardings(self.shapes)  # here, because the other thread is outside the mesh in use
+        self._shardings = batch_shardings(
+            self.shapes
+        )  # here, because the other thread is outside the mesh in use
         self._queue.put(self._place(step, local))
         self._thread = threading.Thread(target=self._run, daemon=True, name="feed")
         self._thread.start()

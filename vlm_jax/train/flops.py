@@ -1,9 +1,13 @@
 """Model FLOPs of real work only, and what the device could do: the two sides of an honest MFU.
 
-    matrix products   2 per weight and token forward, +2 where the gradient of their input is needed, +2 where they are trained
-    causal attention  4 N H per pair of slots and layer forward, x3 if gradients pass through; pairs = sum of n^2 / 2 per SEGMENT
-    tower             only the layers that the features need; bidirectional attention; forward only while frozen
-Padding, unused image views, recomputation and the embedding gather count zero (PaLM's accounting, Chowdhery et al. 2022).
+    matrix products   2 per weight and token forward, +2 where the gradient of their input is needed, +2 where
+    they are trained
+    causal attention  4 N H per pair of slots and layer forward, x3 if gradients pass through; pairs = sum of
+    n^2 / 2 per SEGMENT
+    tower             only the layers that the features need; bidirectional attention; forward only while
+    frozen
+Padding, unused image views, recomputation and the embedding gather count zero (PaLM's accounting, Chowdhery
+et al. 2022).
 """
 
 from __future__ import annotations
@@ -58,10 +62,16 @@ def training_cost(config: VLMConfig, trainable: Iterable[str]) -> Cost:
     head_trained = "llm/head/kernel" in chosen
     if llm.tie:
         head, head_trained = llm.vocab * llm.width, "llm/embed/embedding" in chosen
-    slot = products("llm/blocks/", to_llm) + head * (2 + 2 * (to_llm or trained("llm/norm")) + 2 * head_trained)
+    slot = products("llm/blocks/", to_llm) + head * (
+        2 + 2 * (to_llm or trained("llm/norm")) + 2 * head_trained
+    )
     pair = 4 * llm.layers * llm.heads * llm.head_dim * (3 if to_llm else 1)
     attention = 4 * v.used_layers * v.tokens**2 * v.width * (3 if to_tower else 1)
-    tower = v.tokens * products("tower/blocks/", to_tower) + v.grid**2 * products("tower/patch/", to_tower) + attention
+    tower = (
+        v.tokens * products("tower/blocks/", to_tower)
+        + v.grid**2 * products("tower/patch/", to_tower)
+        + attention
+    )
     return Cost(slot, pair, tower + v.features * products("projector/", to_projector))
 
 
@@ -71,5 +81,7 @@ def causal_pairs(lengths: Iterable[int]) -> float:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one device, None if it is not in the table (then TFLOP/s is printed, and no utilisation)."""
+    """Dense bf16 FLOP/s of one device, None if it is not in the table (then TFLOP/s is printed, and no
+    utilisation).
+    """
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_kind)), None)

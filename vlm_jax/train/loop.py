@@ -3,7 +3,8 @@
     run/config.json     the resolved config        run/metrics.jsonl    one line per update (train.metrics)
     run/checkpoints/    see train.checkpoint       run/profile/         a trace, when asked for
 
-At most two updates are in flight and metrics are fetched once per `log_every` updates, so the device never waits for the host.
+At most two updates are in flight and metrics are fetched once per `log_every` updates, so the device never
+waits for the host.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vlm_jax.config import VLMConfig, to_dict
+from vlm_jax.config import UserError, VLMConfig, to_dict
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.train import metrics, optimizer
@@ -34,13 +35,14 @@ from vlm_jax.train.state import LeafSource, TrainState
 from vlm_jax.train.step import make_step
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message names the step and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: status "finished", "stopped" (SIGTERM, saved) or "already finished"; `step` updates are done.
+    """How a run ended: status "finished", "stopped" (SIGTERM, saved) or "already finished"; `step` updates
+    are done.
 
     seconds: in all; compile_seconds of them compiling; rates: medians over logging windows (metrics.Speed).
     """
@@ -58,7 +60,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._seen = False
-        self._several = jax.process_count() > 1  # then jax.distributed watches for the signal and all processes agree on a step
+        self._several = (
+            jax.process_count() > 1
+        )  # then jax.distributed watches for the signal and all processes agree on a step
         if not self._several:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -76,13 +80,22 @@ class StopSignal:
 
 
 def train(
-    config: TrainConfig, model: VLMConfig, batches: OpenBatches, run: str | Path, *, available_steps: int | None = None,
-    mesh: Mesh | None = None, table: rules.Rules = rules.DEFAULT_RULES, source: LeafSource | None = None,
-    saved_config: Mapping[str, Any] | None = None, progress: bool = True,
+    config: TrainConfig,
+    model: VLMConfig,
+    batches: OpenBatches,
+    run: str | Path,
+    *,
+    available_steps: int | None = None,
+    mesh: Mesh | None = None,
+    table: rules.Rules = rules.DEFAULT_RULES,
+    source: LeafSource | None = None,
+    saved_config: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Result:
     """Train until the last update, or go on from the newest checkpoint in the folder `run`.
 
-    batches: see feed.OpenBatches; available_steps: updates that the data gives. source: initial weights (default: random).
+    batches: see feed.OpenBatches; available_steps: updates that the data gives. source: initial weights
+    (default: random).
     saved_config: what is stored beside the checkpoints (default: model and train).
     """
     began, run, total = time.perf_counter(), Path(run), config.total_steps(available_steps)
@@ -94,7 +107,10 @@ def train(
         stack.callback(checkpoints.close)
         state, data, start = _start(config, model, checkpoints, source, saved_config)
         if start >= total:
-            hosts.say(f"the run in {run} is finished: all {total} steps are done; raise train.steps or name another run folder to train more")
+            hosts.say(
+                f"the run in {run} is finished: all {total} steps are done; "
+                "raise train.steps or name another run folder to train more"
+            )
             return Result("already finished", state, start)
         if hosts.is_first():
             (run / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
@@ -104,12 +120,26 @@ def train(
         status = loop.run_until(stop)
         checkpoints.wait()
         if status == "stopped":
-            hosts.say(f"stopped by SIGTERM: step {loop.step} of {total} is saved in {run}; start the same command again to go on")
-        return Result(status, loop.state, loop.step, time.perf_counter() - began, loop.compile_seconds, loop.speed.median())
+            hosts.say(
+                f"stopped by SIGTERM: step {loop.step} of {total} is saved in {run}; "
+                "start the same command again to go on"
+            )
+        return Result(
+            status,
+            loop.state,
+            loop.step,
+            time.perf_counter() - began,
+            loop.compile_seconds,
+            loop.speed.median(),
+        )
 
 
 def _start(
-    config: TrainConfig, model: VLMConfig, checkpoints: Checkpointer, source: LeafSource | None, saved_config: Mapping[str, Any]
+    config: TrainConfig,
+    model: VLMConfig,
+    checkpoints: Checkpointer,
+    source: LeafSource | None,
+    saved_config: Mapping[str, Any],
 ) -> tuple[TrainState, dict[str, Any] | None, int]:
     """(state, data state, updates done): the newest checkpoint if there is one, else a fresh state."""
     if checkpoints.latest() is None:
@@ -126,11 +156,20 @@ class Loop:
     """The moving parts of one run between its first and last update."""
 
     def __init__(
-        self, config: TrainConfig, model: VLMConfig, run: Path, total: int, checkpoints: Checkpointer, saved_config: Mapping, progress: bool
+        self,
+        config: TrainConfig,
+        model: VLMConfig,
+        run: Path,
+        total: int,
+        checkpoints: Checkpointer,
+        saved_config: Mapping,
+        progress: bool,
     ):
         self.config, self.model, self.run, self.total = config, model, run, total
         self._checkpoints, self._saved_config, self._shown = checkpoints, saved_config, progress
-        self._pending: list[tuple[int, float, dict[str, jax.Array]]] = []  # (step, learning rate, metrics on the device)
+        self._pending: list[
+            tuple[int, float, dict[str, jax.Array]]
+        ] = []  # (step, learning rate, metrics on the device)
         self._tracing = False
 
     def open(self, state: TrainState, batches: OpenBatches, start: int, data: dict[str, Any] | None) -> None:
@@ -139,7 +178,10 @@ class Loop:
         self.state, self.step = state, start
         self._feed = Feed(batches, start, data, c.accum)
         began = time.perf_counter()
-        batch = {key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key]) for key, shape in self._feed.shapes.items()}
+        batch = {
+            key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key])
+            for key, shape in self._feed.shapes.items()
+        }
         step = make_step(self.model, c, self._feed.shapes)
         self._update = step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -148,8 +190,8 @@ class Loop:
         self._writer = metrics.MetricWriter(self.run, start, c.tensorboard, c.wandb, self._saved_config)
         trained, frozen = (sum(x.size for x in leaves.values()) for leaves in (state.trainable, state.frozen))
         hosts.say(
-            f"{jax.device_count()} x {device}: {trained:,} parameters trained, {frozen:,} frozen, {self.total} steps "
-            f"of {c.global_batch} rows, compiled in {self.compile_seconds:.1f} s"
+            f"{jax.device_count()} x {device}: {trained:,} parameters trained, {frozen:,} frozen, "
+            f"{self.total} steps of {c.global_batch} rows, compiled in {self.compile_seconds:.1f} s"
         )
         self._bar = metrics.Progress(self.total, start, self._shown)
         self._restart_clock()
@@ -180,7 +222,10 @@ class Loop:
         """Start one update; returns the data state after its batch."""
         fed = next(self._feed, None)
         if fed is None:
-            raise TrainingError(f"the data ended after step {self.step} of {self.total}: raise train.epochs or lower train.steps")
+            raise TrainingError(
+                f"the data ended after step {self.step} of {self.total}: "
+                "raise train.epochs or lower train.steps"
+            )
         first, last = self.config.profile or (0, 0)
         if self.step + 1 == first:
             jax.profiler.start_trace(str(self.run / "profile"))
@@ -198,7 +243,9 @@ class Loop:
         return fed.state
 
     def _report(self) -> None:
-        """Fetch and write the metrics of the updates since the last report; raise at the first that is not finite."""
+        """Fetch and write the metrics of the updates since the last report; raise at the first that is not
+        finite.
+        """
         if not self._pending:
             return
         fetched = [(step, rate, jax.device_get(results)) for step, rate, results in self._pending]
@@ -218,10 +265,14 @@ class Loop:
     def _not_finite(self, line: Mapping[str, Any]) -> str:
         samples, saved = self._feed.samples_of(line["step"] - 1), self._checkpoints.latest()
         made_of = f", whose batch holds samples {samples}," if samples is not None else ""
-        kept = f"the checkpoint of step {saved} is intact" if saved is not None else "no checkpoint had been written"
+        kept = (
+            f"the checkpoint of step {saved} is intact"
+            if saved is not None
+            else "no checkpoint had been written"
+        )
         return (
-            f"step {line['step']}{made_of} has loss {line['loss']} and gradient norm {line['grad_norm']}; {kept}: "
-            "lower train.lr, lengthen train.warmup_ratio, or look at these samples"
+            f"step {line['step']}{made_of} has loss {line['loss']} and gradient norm "
+            f"{line['grad_norm']}; {kept}: lower train.lr, lengthen train.warmup_ratio, or look at these samples"
         )
 
     def _restart_clock(self) -> None:

@@ -1,9 +1,12 @@
 """Cross-entropy over the vocabulary without ever holding the logits of a whole row.
 
-    loss = sum_bt weights[b,t] * (logsumexp_v(z[b,t,:]) - z[b,t,targets[b,t]]),   z = hidden @ kernel in float32
+    loss = sum_bt weights[b,t] * (logsumexp_v(z[b,t,:]) - z[b,t,targets[b,t]]),   z = hidden @ kernel in
+    float32
 
-The slots of a row are cut into n groups, a scan computes the logits of one group at a time and the backward pass computes them
-again. Group c holds slots c, c + n, c + 2n, ...: every group then has slots from each shard of the sequence axis, and only sums
+The slots of a row are cut into n groups, a scan computes the logits of one group at a time and the backward
+pass computes them
+again. Group c holds slots c, c + n, c + 2n, ...: every group then has slots from each shard of the sequence
+axis, and only sums
 are taken, so the order is free.
 """
 
@@ -18,7 +21,9 @@ from vlm_jax.parallel.rules import shard
 
 
 class LossSums(NamedTuple):
-    """float32 scalars: weighted sum of losses, sum of weights, weighted count of slots whose target has the highest logit."""
+    """float32 scalars: weighted sum of losses, sum of weights, weighted count of slots whose target has the
+    highest logit.
+    """
 
     loss: jax.Array
     tokens: jax.Array

@@ -1,7 +1,10 @@
-"""Numbers of a run for people and programs: metrics.jsonl always, a progress bar, TensorBoard and Weights & Biases when asked for.
+"""Numbers of a run for people and programs: metrics.jsonl always, a progress bar, TensorBoard and Weights &
+Biases when asked for.
 
-One JSON object per update: {"step": 1, "loss": ..., "lr": ..., "tokens": ..., ...}, floats written exactly; the last line of each
-logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall). `step` counts finished updates.
+One JSON object per update: {"step": 1, "loss": ..., "lr": ..., "tokens": ..., ...}, floats written exactly;
+the last line of each
+logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall). `step`
+counts finished updates.
 """
 
 from __future__ import annotations
@@ -37,9 +40,18 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes the lines of a run from `start_step` on; what an earlier process wrote beyond it is cut off. First process only."""
+    """Writes the lines of a run from `start_step` on; what an earlier process wrote beyond it is cut off.
+    First process only.
+    """
 
-    def __init__(self, run: str | Path, start_step: int = 0, tensorboard: bool = False, wandb: bool = False, config: Any = None):
+    def __init__(
+        self,
+        run: str | Path,
+        start_step: int = 0,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        config: Any = None,
+    ):
         self._file = self._board = self._wandb = None
         if not hosts.is_first():
             return
@@ -61,7 +73,9 @@ class MetricWriter:
         if self._file is None:
             return
         self._file.write(json.dumps(dict(line)) + "\n")
-        scalars = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
+        scalars = {
+            key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))
+        }
         if self._board is not None:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, line["step"])
@@ -75,24 +89,34 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flush and close everything."""
-        for end in (self._file and self._file.close, self._board and self._board.close, self._wandb and self._wandb.finish):
+        for end in (
+            self._file and self._file.close,
+            self._board and self._board.close,
+            self._wandb and self._wandb.finish,
+        ):
             if end:
                 end()
 
 
 def _needed(module: str, key: str) -> Any:
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{key}=True needs the package {module}, which is not installed: install it or set {key}=False")
+        raise ConfigError(
+            f"{key}=True needs the package {module}, which is not installed: install it or set {key}=False"
+        )
     return importlib.import_module(module)
 
 
 def line_of(step: int, rate: float, metrics: Mapping[str, np.ndarray], slots_in_all: int) -> dict[str, Any]:
-    """Fetched metrics of one update (train.step) as a line; slots_in_all: row slots of the batch, padding included."""
+    """Fetched metrics of one update (train.step) as a line; slots_in_all: row slots of the batch, padding
+    included.
+    """
     m = {key: np.asarray(value) for key, value in metrics.items()}
     tokens, micro = float(m["tokens"]), m["micro_losses"].tolist()
     line = {"step": step, "lr": rate, "loss": float(m["loss"])}
     line |= {"token_accuracy": float(m["correct"]) / max(tokens, 1.0), "tokens": tokens}
-    line |= {key: float(m[key]) for key in ("samples", "views", "slots", "grad_norm", "param_norm", "update_norm")}
+    line |= {
+        key: float(m[key]) for key in ("samples", "views", "slots", "grad_norm", "param_norm", "update_norm")
+    }
     line["padding"] = 1 - float(m["slots"]) / slots_in_all
     return line | ({"micro_losses": micro} if len(micro) > 1 else {})
 
@@ -103,15 +127,21 @@ def is_finite(line: Mapping[str, Any]) -> bool:
 
 
 class Speed:
-    """Rates over a logging window and, median of windows, over the run: real slots and FLOPs only, waiting for data included."""
+    """Rates over a logging window and, median of windows, over the run: real slots and FLOPs only, waiting
+    for data included.
+    """
 
     def __init__(self, cost: Cost, devices: int, device_kind: str):
         self._cost, self._devices, self._peak = cost, devices, peak_flops(device_kind)
         self._rates: collections.deque[dict[str, float]] = collections.deque(maxlen=1000)
 
-    def window(self, steps: list[Mapping[str, np.ndarray]], seconds: float, waited: float) -> dict[str, float]:
+    def window(
+        self, steps: list[Mapping[str, np.ndarray]], seconds: float, waited: float
+    ) -> dict[str, float]:
         """Rates of the fetched metrics `steps`, which took `seconds`, of which `waited` for data."""
-        slots, pairs, views, samples = (float(sum(np.asarray(m[k]) for m in steps)) for k in ("slots", "pairs", "views", "samples"))
+        slots, pairs, views, samples = (
+            float(sum(np.asarray(m[k]) for m in steps)) for k in ("slots", "pairs", "views", "samples")
+        )
         achieved = self._cost.total(slots, pairs, views) / seconds / self._devices
         rates = {
             "seconds_per_step": seconds / len(steps),
@@ -127,7 +157,9 @@ class Speed:
         return rates
 
     def median(self) -> dict[str, float]:
-        """Median of each rate over the windows after the first, which holds the warm-up (over all, if there is only one)."""
+        """Median of each rate over the windows after the first, which holds the warm-up (over all, if there
+        is only one).
+        """
         windows = list(self._rates)[1:] or list(self._rates)
         return {key: float(np.median([w[key] for w in windows])) for key in (windows[0] if windows else ())}
 
@@ -136,12 +168,23 @@ class Progress:
     """A progress bar on the first process."""
 
     def __init__(self, total: int, start: int, shown: bool):
-        self._bar = tqdm(total=total, initial=start, desc="train", unit="step", disable=not (shown and hosts.is_first()), dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc="train",
+            unit="step",
+            disable=not (shown and hosts.is_first()),
+            dynamic_ncols=True,
+        )
 
     def update(self, steps: int, line: Mapping[str, Any]) -> None:
         """Advance by `steps` and show loss and speeds of a window's last line."""
         if "tokens_per_second" in line:
-            speed = f"{line['mfu']:.1%} MFU" if "mfu" in line else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
+            speed = (
+                f"{line['mfu']:.1%} MFU"
+                if "mfu" in line
+                else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
+            )
             rate, stall = f"{line['tokens_per_second']:,.0f} tok/s", f"data stall {line['data_stall']:.0%}"
             self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate}, {speed}, {stall}", refresh=False)
         self._bar.update(steps)

@@ -2,7 +2,8 @@
 
     g' = g * min(1, clip / (|g| + 1e-6));   u = adam(g') + decay * p;   p <- p - lr_group * factor(update) * u
 
-(Loshchilov & Hutter 2019; the clipping factor is torch's clip_grad_norm_.) The schedule is plain Python arithmetic: its value is
+(Loshchilov & Hutter 2019; the clipping factor is torch's clip_grad_norm_.) The schedule is plain Python
+arithmetic: its value is
 an argument of the jitted step, so what is logged is what was used.
 """
 
@@ -21,7 +22,9 @@ from vlm_jax.train.options import TrainConfig
 
 
 def schedule(step: int, total: int, warmup: int, kind: str) -> float:
-    """HF's get_scheduler: linear warm-up over `warmup` steps, then cosine or linear to 0 at `total`, or constant."""
+    """HF's get_scheduler: linear warm-up over `warmup` steps, then cosine or linear to 0 at `total`, or
+    constant.
+    """
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
@@ -86,8 +89,11 @@ def updates(
     return steps, opt_state, norm
 
 
-def state_shardings(config: TrainConfig, params: Mapping[str, Any], shardings: Mapping[str, Any], replicated: Any) -> Any:
-    """Optimizer state with the sharding of its parameter in place of each moment (jit alone would leave zeros unsharded).
+def state_shardings(
+    config: TrainConfig, params: Mapping[str, Any], shardings: Mapping[str, Any], replicated: Any
+) -> Any:
+    """Optimizer state with the sharding of its parameter in place of each moment (jit alone would leave zeros
+    unsharded).
 
     params: {path: shape and dtype}.
     """

@@ -1,4 +1,6 @@
-"""How a run is trained: frozen dataclasses, made from the `train` part of a config by `vlm_jax.config.from_dict`."""
+"""How a run is trained: frozen dataclasses, made from the `train` part of a config by
+`vlm_jax.config.from_dict`.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +17,36 @@ STAGE2 = ("^(projector/|llm/|image_newline$)",)
 class Compat:
     """Quirks of published training code, off unless such a run is to be reproduced.
 
-    loss_normalisation: "global_tokens" weighs every supervised token of a step alike; "per_microbatch" averages the means of the
-        micro-batches (HF Trainer at transformers 4.37, where a micro-batch is one device's share: set `accum` to devices x steps).
-    zero_first_lr: HF's schedule, whose first update has learning rate 0. Otherwise neither the first nor the last update is void.
+    loss_normalisation: "global_tokens" weighs every supervised token of a step alike; "per_microbatch"
+    averages the means of the
+        micro-batches (HF Trainer at transformers 4.37, where a micro-batch is one device's share: set `accum`
+        to devices x steps).
+    zero_first_lr: HF's schedule, whose first update has learning rate 0. Otherwise neither the first nor the
+    last update is void.
     """
 
     loss_normalisation: str = "global_tokens"
     zero_first_lr: bool = False
 
     def __post_init__(self):
-        one_of("train.compat.loss_normalisation", self.loss_normalisation, ("global_tokens", "per_microbatch"))
+        one_of(
+            "train.compat.loss_normalisation", self.loss_normalisation, ("global_tokens", "per_microbatch")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Hyperparameters of one run; the defaults are stage 2 of LLaVA-1.5.
 
-    trainable: regular expressions over parameter paths ("llm/blocks/attn/q/kernel"); what none matches is frozen.
-    steps: updates in all; None: what `epochs` passes over the data give. global_batch: rows per update, in `accum` micro-batches.
-    group_lrs: (regular expression, learning rate), the first match wins over `lr`. no_decay: paths without weight decay.
+    trainable: regular expressions over parameter paths ("llm/blocks/attn/q/kernel"); what none matches is
+    frozen.
+    steps: updates in all; None: what `epochs` passes over the data give. global_batch: rows per update, in
+    `accum` micro-batches.
+    group_lrs: (regular expression, learning rate), the first match wins over `lr`. no_decay: paths without
+    weight decay.
     warmup_steps: None: ceil(warmup_ratio * steps). clip_norm: None does not clip.
-    dtype, vision_dtype: activations; frozen_dtype: storage of frozen parameters; moment_dtype: storage of Adam's first moment.
+    dtype, vision_dtype: activations; frozen_dtype: storage of frozen parameters; moment_dtype: storage of
+    Adam's first moment.
     loss_chunk: row slots whose logits exist at one time. profile: (first, last) step of a jax.profiler trace.
     max_bad_samples: broken records that the data pipeline may skip before it stops the run.
     """
@@ -81,21 +92,27 @@ class TrainConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"train.{key}={getattr(self, key)} must be at least 1")
         if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"train.steps={self.steps} must be at least 1 (or None, to train for train.epochs)")
+            raise ConfigError(
+                f"train.steps={self.steps} must be at least 1 (or None, to train for train.epochs)"
+            )
         if self.global_batch % self.accum:
-            raise ConfigError(f"train.global_batch={self.global_batch} is not a multiple of train.accum={self.accum}")
+            raise ConfigError(
+                f"train.global_batch={self.global_batch} is not a multiple of train.accum={self.accum}"
+            )
         for pattern in (*self.trainable, *self.no_decay, *(p for p, _ in self.group_lrs)):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"the pattern {pattern!r} under train is not a regular expression: {error}") from None
+                raise ConfigError(
+                    f"the pattern {pattern!r} under train is not a regular expression: {error}"
+                ) from None
 
     def total_steps(self, available: int | None = None) -> int:
         """Updates of the run: `steps`, or all that `epochs` passes over the data give (`available`)."""
         total = available if self.steps is None else self.steps
         if not total:
             raise ConfigError(
-                f"train.steps is None and the data gives no batch of train.global_batch={self.global_batch} rows: "
-                "set train.steps, or check the data"
+                "train.steps is None and the data gives no batch of "
+                f"train.global_batch={self.global_batch} rows: set train.steps, or check the data"
             )
         return total

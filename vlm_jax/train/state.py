@@ -1,6 +1,8 @@
-"""Train state: what one update reads and writes, as flat dicts of arrays that are created where they will live.
+"""Train state: what one update reads and writes, as flat dicts of arrays that are created where they will
+live.
 
-    step int32 | trainable {path: float32} | frozen {path: frozen_dtype} | opt_state (moments of trainable) | rng uint32 [2]
+step int32 | trainable {path: float32} | frozen {path: frozen_dtype} | opt_state (moments of trainable) | rng
+uint32 [2]
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any, Callable, Iterable, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.config import ConfigError, VLMConfig
@@ -25,7 +26,9 @@ from vlm_jax.train.options import TrainConfig
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "trainable", "frozen", "opt_state", "rng"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "trainable", "frozen", "opt_state", "rng"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -54,14 +57,18 @@ class LeafSource(Protocol):
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
-    """Paths that any of `patterns` finds; what the tower does not compute is never trained. A pattern must find something."""
+    """Paths that any of `patterns` finds; what the tower does not compute is never trained. A pattern must
+    find something.
+    """
     paths = [path for path in paths if not path.startswith("tower/unused/")]
     found: set[str] = set()
     for pattern in patterns:
         matched = {path for path in paths if re.search(pattern, path)}
         if not matched:
             heads = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths}))
-            raise ConfigError(f"train.trainable has {pattern!r}, which matches no parameter: there are {heads}")
+            raise ConfigError(
+                f"train.trainable has {pattern!r}, which matches no parameter: there are {heads}"
+            )
         found |= matched
     return found
 
@@ -71,7 +78,9 @@ def abstract(model: VLMConfig, config: TrainConfig) -> TrainState:
     shapes = vlm.shapes(model)
     chosen = select(config.trainable, shapes)
     trainable = {p: jax.ShapeDtypeStruct(s.shape, jnp.float32) for p, s in shapes.items() if p in chosen}
-    frozen = {p: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype) for p, s in shapes.items() if p not in chosen}
+    frozen = {
+        p: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype) for p, s in shapes.items() if p not in chosen
+    }
     opt_state = jax.eval_shape(optimizer.moments(config).init, trainable)
     scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     state = TrainState(scalar, trainable, frozen, opt_state, key)
@@ -95,8 +104,12 @@ def shardings(model: VLMConfig, config: TrainConfig) -> TrainState | None:
     return TrainState(replicated, trainable, frozen, moments, replicated)
 
 
-def initialiser(model: VLMConfig, config: TrainConfig, paths: Iterable[str] | None = None) -> Callable[[], Params]:
-    """Jitted function () -> random parameters at `paths` (default: all), in the state's dtypes, created sharded."""
+def initialiser(
+    model: VLMConfig, config: TrainConfig, paths: Iterable[str] | None = None
+) -> Callable[[], Params]:
+    """Jitted function () -> random parameters at `paths` (default: all), in the state's dtypes, created
+    sharded.
+    """
     goal = abstract(model, config).params
     wanted = sorted(goal if paths is None else paths)
     dtypes = {path: goal[path].dtype for path in wanted}
@@ -110,7 +123,9 @@ def initialiser(model: VLMConfig, config: TrainConfig, paths: Iterable[str] | No
 
 
 def create(model: VLMConfig, config: TrainConfig, source: LeafSource | None = None) -> TrainState:
-    """A fresh state at step 0: parameters from `source` where it has them, the rest at random; every array starts sharded."""
+    """A fresh state at step 0: parameters from `source` where it has them, the rest at random; every array
+    starts sharded.
+    """
     goal = abstract(model, config)
     from_source = [path for path in goal.params if source is not None and path in source]
     params = initialiser(model, config, set(goal.params) - set(from_source))()

@@ -1,10 +1,13 @@
-"""The training step: one jitted function (state, batch, rate factor) -> (state, metrics), compiled once per run.
+"""The training step: one jitted function (state, batch, rate factor) -> (state, metrics), compiled once per
+run.
 
-    batch leaves [A, B, ...]: A micro-batches of B rows (data.packing has the keys); gradients are summed over A by a scan
+    batch leaves [A, B, ...]: A micro-batches of B rows (data.packing has the keys); gradients are summed over
+    A by a scan
     global_tokens   g = d/dp (sum of all losses / number of all supervised tokens)
     per_microbatch  g = d/dp (1/A) sum_a (losses of a / tokens of a)
 
-Only trainable leaves are differentiated. Metrics are sums, counts and norms; the host divides (train.metrics).
+Only trainable leaves are differentiated. Metrics are sums, counts and norms; the host divides
+(train.metrics).
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from vlm_jax.train.state import TrainState, shardings
 
 # logical axes of a row batch behind the accumulation axis
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
-    key: ("batch", "length") for key in ("tokens", "image_slots", "targets", "weights", "segments", "positions")
+    key: ("batch", "length")
+    for key in ("tokens", "image_slots", "targets", "weights", "segments", "positions")
 } | {"images": ("batch", None, None, None, None)}
 
 Batch = Mapping[str, jax.Array]
@@ -41,7 +45,9 @@ def compute_of(config: TrainConfig) -> vlm.Compute:
 
 
 def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding] | None:
-    """NamedSharding of each batch array [A, B, ...] under the mesh in use: rows over `data` and `fsdp`, slots over `seq`."""
+    """NamedSharding of each batch array [A, B, ...] under the mesh in use: rows over `data` and `fsdp`, slots
+    over `seq`.
+    """
     current = rules.current()
     if current is None:
         return None
@@ -51,16 +57,20 @@ def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSha
     rows = next(iter(shapes.values()))[1]
     if rows % parts:
         raise ConfigError(
-            f"train.global_batch / train.accum = {rows} rows cannot be divided among the {parts} devices of mesh axes "
-            f"{' and '.join(over)}: make it a multiple of {parts}"
+            f"train.global_batch / train.accum = {rows} rows cannot be divided among the {parts} devices "
+            f"of mesh axes {' and '.join(over)}: make it a multiple of {parts}"
         )
-    return {key: rules.sharding((None, *BATCH_AXES[key]), shape, mesh, table) for key, shape in shapes.items()}
+    return {
+        key: rules.sharding((None, *BATCH_AXES[key]), shape, mesh, table) for key, shape in shapes.items()
+    }
 
 
 def loss_and_gradients(
     model: VLMConfig, config: TrainConfig, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, Metrics]:
-    """Gradients of the run's loss on a batch [A, B, ...], sharded like the parameters, and the loss sums behind them."""
+    """Gradients of the run's loss on a batch [A, B, ...], sharded like the parameters, and the loss sums
+    behind them.
+    """
     weights = batch["weights"]
     micros = weights.shape[0]
     if config.compat.loss_normalisation == "per_microbatch":
@@ -71,7 +81,9 @@ def loss_and_gradients(
     def micro_loss(trainable: Params, micro: Batch, scale: jax.Array) -> tuple[jax.Array, Any]:
         net = vlm.build(model, {**frozen, **trainable})
         hidden = vlm.forward(net, micro, compute_of(config))
-        sums = cross_entropy(hidden, net.llm.head_kernel(), micro["targets"], micro["weights"], config.loss_chunk)
+        sums = cross_entropy(
+            hidden, net.llm.head_kernel(), micro["targets"], micro["weights"], config.loss_chunk
+        )
         return sums.loss * scale, sums
 
     def gradients(micro: Batch, scale: jax.Array) -> tuple[Params, Any]:
@@ -97,7 +109,9 @@ def loss_and_gradients(
 
 
 def constrain(model: VLMConfig, leaves: Params) -> Params:
-    """`leaves` (gradients by path) laid out like their parameters; without it they would come back replicated."""
+    """`leaves` (gradients by path) laid out like their parameters; without it they would come back
+    replicated.
+    """
     where = vlm.shardings(model)
     if where is None:
         return leaves
@@ -105,13 +119,16 @@ def constrain(model: VLMConfig, leaves: Params) -> Params:
 
 
 def row_counts(batch: Batch, features: int) -> Metrics:
-    """What a batch [A, B, ...] really holds: samples, image views in use, real slots, causal pairs of slots (sum of n^2 / 2).
+    """What a batch [A, B, ...] really holds: samples, image views in use, real slots, causal pairs of slots
+    (sum of n^2 / 2).
 
     Everything that is padding counts zero. features: P, slots per view.
     """
     real = batch["segments"] > 0
     views = batch["images"].shape[2]
-    shown = jnp.where(batch["image_slots"] >= 0, batch["image_slots"] // features, views)  # image_newline has index views
+    shown = jnp.where(
+        batch["image_slots"] >= 0, batch["image_slots"] // features, views
+    )  # image_newline has index views
     in_use = jnp.any(shown[..., None] == jnp.arange(views), axis=-2)
     return {
         "samples": jnp.sum(jnp.max(batch["segments"], axis=-1)).astype(jnp.float32),
@@ -129,7 +146,9 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
 
     def step(state: TrainState, batch: Batch, factor: jax.Array) -> tuple[TrainState, Metrics]:
         grads, metrics = loss_and_gradients(model, config, state.trainable, state.frozen, batch)
-        steps, opt_state, grad_norm = optimizer.updates(config, grads, state.opt_state, state.trainable, factor)
+        steps, opt_state, grad_norm = optimizer.updates(
+            config, grads, state.opt_state, state.trainable, factor
+        )
         trainable = {path: p + steps[path] for path, p in state.trainable.items()}
         metrics |= row_counts(batch, model.vision.features)
         metrics |= {
@@ -144,9 +163,16 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
         return jax.jit(step, donate_argnums=0)
     batch_where = batch_shardings(batch_shapes)
     # metrics come back replicated, so that every process can read them
-    return jax.jit(step, donate_argnums=0, in_shardings=(where, batch_where, where.step), out_shardings=(where, where.step))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(where, batch_where, where.step),
+        out_shardings=(where, where.step),
+    )
 
 
 def split_micro_batches(rows: Mapping[str, np.ndarray], accum: int) -> dict[str, np.ndarray]:
-    """Device arrays of a row batch [R, ...] as [A, R / A, ...]; keys that the step does not read are left out."""
+    """Device arrays of a row batch [R, ...] as [A, R / A, ...]; keys that the step does not read are left
+    out.
+    """
     return {key: rows[key].reshape(accum, -1, *rows[key].shape[1:]) for key in BATCH_AXES}
