@@ -31,9 +31,7 @@ VIEWS = 2
 def segment(
     rng: np.random.Generator, length: int, views: int, first_view: int = 0, model: VLMConfig = MODEL
 ) -> dict[str, np.ndarray]:
-    """One sample of `length` slots, `views` whole images after its first token, supervised from the last
-    image on.
-    """
+    """One sample of `length` slots: a token, `views` whole images, then supervised text."""
     P = model.vision.features
     tokens = rng.integers(1, model.llm.vocab, length + 1)
     slots = np.full(length, -1)
@@ -93,9 +91,7 @@ def batch(seed: int, rows: int = 8, slots: int = 24, model: VLMConfig = MODEL) -
 
 @dataclasses.dataclass
 class Batches:
-    """Endless generated batches, the batch of a step being a function of the step; repeats after `period`
-    steps.
-    """
+    """Endless generated batches, each a function of its step; repeats after `period` steps."""
 
     step: int
     rows: int = 8

@@ -9,6 +9,7 @@ from PIL import Image
 from tests import tiny_model
 from vlm_jax.__main__ import main
 from vlm_jax.config import IMAGE
+from vlm_jax.data.images import ImageSource
 from vlm_jax.generate.chat import Conversation, talk
 from vlm_jax.generate.decode import Decoding
 from vlm_jax.generate.load import load_model
@@ -57,16 +58,10 @@ def test_the_answer_is_that_of_the_whole_dialogue(parts, pictures):
     first = made.ask("What is it?", lambda piece: None)
     made.show(pictures[1])
     second = made.ask("one or two?", lambda piece: None)
-    shown = [loaded.picture(image_source(path)) for path in pictures]
+    shown = [loaded.picture(ImageSource(path)) for path in pictures]
     prompt = loaded.prompt(["<image>\nWhat is it?", first, "<image>\none or two?"], shown)
     assert (np.asarray(prompt.tokens) == IMAGE).sum() == 2
     assert generator.text([prompt], made.how) == [second]
-
-
-def image_source(path):
-    from vlm_jax.data.images import ImageSource
-
-    return ImageSource(path)
 
 
 def test_clear_forgets(parts, pictures):

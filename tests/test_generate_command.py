@@ -7,12 +7,15 @@ import pytest
 from PIL import Image
 
 from tests import tiny_model
-from vlm_jax.__main__ import main
+from vlm_jax.__main__ import main, parse
 from vlm_jax.data import smartwatch_text
 from vlm_jax.data.smartwatch_files import WatchSet, draw_all
 from vlm_jax.data.smartwatch_files import generate as draw
 from vlm_jax.evaluate import smartwatch
+from vlm_jax.generate.command import generate
 from vlm_jax.generate.load import load_model, model_directory, template_for
+from vlm_jax.parallel.mesh import make_mesh
+from vlm_jax.parallel.mesh_config import MeshConfig
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +82,25 @@ def test_sampled_answers_do_not_depend_on_the_order_of_the_file(model, questions
         ('{"question_id": 1, "text": "What?", "image": "gone.png"}', "gone.png.*line 2.*does not exist"),
     ],
 )
-def test_broken_questions_are_named(model, questions, line, words, capsys):
+def test_broken_questions_are_named(model, questions, line, words):
     broken = model.parent / "broken.jsonl"
     broken.write_text('{"question_id": 0, "text": "What?"}\n' + line + "\n")
     with pytest.raises(ValueError, match=words):
-        from vlm_jax.generate.command import generate
-
         generate(str(model), questions=str(broken), image_folder=str(model.parent), out=str(model.parent / "x.jsonl"), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("flags, words", [([], "--prompt or --questions"), (["--prompt", "What?", "--template", "v9"], "template 'v9'"), (["--prompt", "What?", "--top_p", "0"], "top_p")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--prompt or --questions"),
+        (["--questions", "x.jsonl"], "needs --out"),
+        (["--questions", "gone.jsonl", "--out", "x.jsonl"], "gone.jsonl cannot be read"),
+        (["--prompt", "What?", "--template", "v9"], "template 'v9'"),
+        (["--prompt", "What?", "--top_p", "0"], "top_p"),
+        (["--prompt", "What?", "--dtype", "int8"], "--dtype='int8'"),
+    ],
+)
 def test_wrong_flags(model, flags, words):
-    from vlm_jax.__main__ import parse
-    from vlm_jax.generate.command import generate
-
     with pytest.raises(ValueError, match=words):
         generate(**parse("generate", ["--model", str(model), *flags]))
 
@@ -106,6 +114,15 @@ def test_a_run_directory_means_its_export(model, tmp_path):
         model_directory(tmp_path)
     with pytest.raises(ValueError, match="no config.json"):
         model_directory(tmp_path / "nowhere")
+
+
+def test_loading_onto_a_mesh(model):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, seq=2))
+    alone, spread = load_model(model), load_model(model, mesh=mesh)
+    assert not spread.params["llm/blocks/mlp/gate/kernel"].sharding.is_fully_replicated
+    assert alone.params.keys() == spread.params.keys()
+    for path, value in alone.params.items():
+        np.testing.assert_array_equal(value, spread.params[path])
 
 
 def test_template_of_a_directory(model, tmp_path):

@@ -1,6 +1,4 @@
-"""Two processes with one device each train like one process: start-up, each its own rows, one checkpoint,
-equal losses.
-"""
+"""Two processes with one device each train like one: start-up, own rows, one checkpoint, equal losses."""
 
 import os
 import socket

@@ -1,6 +1,4 @@
-"""A small training run as a process of its own, to be killed: python run_training.py FOLDER STEPS [limit of a
-file's bytes].
-"""
+"""A training run to be killed: python run_training.py FOLDER STEPS [most bytes in a file]."""
 
 import dataclasses
 import os

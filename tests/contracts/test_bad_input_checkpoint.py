@@ -1,6 +1,4 @@
-"""Checkpoints that cannot be written, or are of another model: one sentence, and what was saved before is
-still there.
-"""
+"""Checkpoints that cannot be written or are of another model: one sentence, and older ones stay."""
 
 import dataclasses
 import json
@@ -65,7 +63,7 @@ OTHERS = [
     (
         dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, mlp=96)),
         SMALL,
-        "frozen parameter llm/blocks/mlp/down/kernel is bfloat16[2, 64, 32], this config's is bfloat16[2, 96, 32]",
+        "parameter llm/blocks/mlp/down/kernel is bfloat16[2, 64, 32], this config's is bfloat16[2, 96, 32]",
     ),
     (
         dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, tie=True)),
@@ -105,9 +103,7 @@ def run_script(folder, *arguments):
 
 
 def test_disk_full_while_saving(tmp_path):
-    """A limit on the size of files stands in for the full disk: the first checkpoint is written, the next one
-    is not.
-    """
+    """A limit on the size of files stands in for the full disk: the second checkpoint is not written."""
     assert "ended: finished at 3" in run_script(tmp_path, "3").stdout
     full = run_script(tmp_path, "9", "3000")
     assert full.returncode != 0

@@ -192,7 +192,7 @@ def test_prompts_of_one_size_compile_once(params):
     other = [Prompt([7, IMAGE, 8, 9], [picture(np.random.default_rng(5))]), Prompt(range(3, 40))]
     generator.tokens(other, Decoding(NEW - 3))
     made = programs(CONFIG, generator.compute, None)
-    assert [program._cache_size() for program in made] == [1, 1, 0]
+    assert (made.prefill._cache_size(), made.decode._cache_size()) == (1, 1)
 
 
 def test_few_sizes():

@@ -1,4 +1,4 @@
-"""One computation, any mesh: equal loss and gradients, and nothing that should be sharded is whole anywhere."""
+"""One computation, any mesh: equal loss and gradients, and nothing whole that should be sharded."""
 
 import dataclasses
 import functools

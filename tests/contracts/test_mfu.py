@@ -1,6 +1,4 @@
-"""Model FLOPs against the published table of LLaVA-1.5, and the rules: real work only, peaks from a table,
-never a guess.
-"""
+"""Model FLOPs against LLaVA-1.5's table, and the rules: real work only, peaks from a table, no guess."""
 
 import dataclasses
 

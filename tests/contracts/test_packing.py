@@ -1,6 +1,4 @@
-"""Packed equals unpacked: sharing a row changes neither loss nor gradients, and rows of one sample give the
-same.
-"""
+"""Packed equals unpacked: sharing a row changes neither loss nor gradients."""
 
 import functools
 

@@ -24,7 +24,7 @@ from typing import Any, Mapping
 import numpy as np
 from PIL import Image
 
-from vlm_jax.config import CLIP_MEAN, CLIP_STD, ConfigError, VLMConfig
+from vlm_jax.config import CLIP_MEAN, CLIP_STD, ConfigError, UserError, VLMConfig
 from vlm_jax.models import slots
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -33,7 +33,7 @@ LONGEST_PADDED = 1 << 14  # or by the square canvas
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be used; the message names the file and the record."""
 
 

@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, VLMConfig, to_dict
+from vlm_jax.config import ConfigError, UserError, VLMConfig, to_dict
 from vlm_jax.data import images
 from vlm_jax.data.packing import Slots, expand, truncate
 from vlm_jax.data.tasks import Sample
@@ -35,11 +35,11 @@ CHUNK = 256  # records measured by one worker at a time
 VERSION = 1  # of the measurement: a cached manifest of another version is measured again
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be trained on; the message names the record and says what to do."""
 
 
-class TooLong(ValueError):
+class TooLong(UserError):
     """A sample is rejected: its images do not fit, or nothing that is supervised would be left."""
 
 

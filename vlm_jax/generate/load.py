@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.config import ConfigError, VLMConfig, one_of
 from vlm_jax.convert.files import read_json
 from vlm_jax.convert.read import Checkpoint, open_checkpoint
 from vlm_jax.convert.read import load as read_parameters
@@ -90,6 +90,7 @@ def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = No
 
     Under a mesh every device reads only its slice of each parameter.
     """
+    one_of("--dtype", dtype or usual_dtype(), ("float32", "bfloat16"))
     directory = model_directory(Path(directory))
     checkpoint = open_checkpoint(directory)
     tokenizer = load_tokenizer(directory)

@@ -1,9 +1,8 @@
-"""Several processes as one program: start-up, which rows a process loads, and batches made of every process's
-rows.
+"""Several processes as one program: start-up, which rows a process loads, batches made of all their rows.
 
-python -m vlm_jax train ...                                    one process: nothing to do
-srun python -m vlm_jax train ...    or on every TPU host       found by jax.distributed itself
-VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0 python -m vlm_jax train ...
+python -m vlm_jax train ...             one process: nothing to do
+srun python -m vlm_jax train ...        Slurm, and every host of a TPU slice: jax.distributed finds out
+VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0 python -m vlm_jax train ...     else
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from vlm_jax.parallel.rules import DEFAULT_RULES, Rules
 def initialise(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Join the other processes, before anything touches a device. Arguments win over VLM_JAX_* variables,
-    these over a cluster.
-    """
+    """Join the other processes, before anything touches a device; arguments win over VLM_JAX_* variables."""
     coordinator = coordinator or os.environ.get("VLM_JAX_COORDINATOR")
     if coordinator:
         count = processes if processes is not None else _number("VLM_JAX_PROCESSES")
@@ -87,7 +84,7 @@ def data_shard(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:
 def to_devices(
     local: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding] | None
 ) -> dict[str, jax.Array]:
-    """Global arrays from this process's rows (all rows where there is one process), laid out by `shardings`."""
+    """Global arrays, laid out by `shardings`, from this process's rows (all rows where it is alone)."""
     if shardings is None:
         return {key: jax.device_put(x) for key, x in local.items()}
     return {key: jax.make_array_from_process_local_data(shardings[key], x) for key, x in local.items()}

@@ -3,12 +3,10 @@
     checkpoints/base/            frozen parameters, written once per run
     checkpoints/<step>/params    trainable parameters
     checkpoints/<step>/optimizer moments
-    checkpoints/<step>/meta      JSON: step, rng, data state, config, {path: [shape, dtype]} of every
-    parameter
+    checkpoints/<step>/meta      JSON: step, rng, data state, config, {path: [shape, dtype]} of all parameters
 
-A step directory appears only when it is complete, and an old one goes only after that, so a process killed at
-any moment, or a
-full disk, costs at most what was trained since the last checkpoint.
+A step directory appears only when it is complete, and an old one goes only after that, so a process killed
+at any moment, or a full disk, costs at most what was trained since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -58,9 +56,7 @@ class Checkpointer:
     def save(
         self, step: int, state: TrainState, data: Mapping[str, Any] | None, config: Mapping[str, Any]
     ) -> None:
-        """Start writing; returns as soon as the arrays are copied. An earlier save that failed in the
-        background raises here.
-        """
+        """Start writing and return as soon as the arrays are copied; raises if the save before failed."""
         rng = np.asarray(jax.device_get(state.rng)).tolist()
         meta = {"step": step, "rng": rng, "data": data, "config": config}
         meta |= {"trainable": leaves_of(state.trainable), "frozen": leaves_of(state.frozen)}
@@ -75,9 +71,7 @@ class Checkpointer:
             self._steps.save(step, args=items)
 
     def wait(self) -> None:
-        """Return when everything is on disk and old steps are gone; raises CheckpointError if something could
-        not be written.
-        """
+        """Return when everything is on disk and old steps are gone; CheckpointError if that failed."""
         with self._reporting(None):
             self._steps.wait_until_finished()
             self._steps.check_for_errors()
@@ -150,7 +144,7 @@ class Checkpointer:
                 there, here = (_describe(leaves.get(path)) for leaves in (saved, wanted))
                 raise CheckpointError(
                     f"the checkpoint in {self.folder} is of another model or recipe: its {part} parameter "
-                    f"{path} is {there}, this config's is {here}; use the config saved beside it, or another run folder"
+                    f"{path} is {there}, this config's is {here}; use the config beside it or another folder"
                 )
 
     def _save_base(self, frozen: Params) -> None:

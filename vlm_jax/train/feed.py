@@ -1,6 +1,4 @@
-"""Batches on their way to the devices: read and copied ahead by one thread, each with the data state that a
-checkpoint needs.
-"""
+"""Batches on their way to the devices: read and copied ahead by one thread, each with its data state."""
 
 from __future__ import annotations
 

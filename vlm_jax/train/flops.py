@@ -1,13 +1,13 @@
 """Model FLOPs of real work only, and what the device could do: the two sides of an honest MFU.
 
-    matrix products   2 per weight and token forward, +2 where the gradient of their input is needed, +2 where
-    they are trained
-    causal attention  4 N H per pair of slots and layer forward, x3 if gradients pass through; pairs = sum of
-    n^2 / 2 per SEGMENT
-    tower             only the layers that the features need; bidirectional attention; forward only while
-    frozen
-Padding, unused image views, recomputation and the embedding gather count zero (PaLM's accounting, Chowdhery
-et al. 2022).
+    matrix products   2 per weight and token forward, +2 where the gradient of their input is needed,
+                      +2 where they are trained
+    causal attention  4 N H per pair of slots and layer forward, x3 if gradients pass through;
+                      pairs = sum of n^2 / 2 per SEGMENT
+    tower             only the layers that the features need; bidirectional; forward only while frozen
+
+Padding, unused image views, recomputation and the embedding gather count zero (PaLM's accounting,
+Chowdhery et al. 2022).
 """
 
 from __future__ import annotations
@@ -81,7 +81,5 @@ def causal_pairs(lengths: Iterable[int]) -> float:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one device, None if it is not in the table (then TFLOP/s is printed, and no
-    utilisation).
-    """
+    """Dense bf16 FLOP/s of one device; None if unknown (then TFLOP/s is printed, and no utilisation)."""
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_kind)), None)

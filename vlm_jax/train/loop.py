@@ -3,7 +3,7 @@
     run/config.json     the resolved config        run/metrics.jsonl    one line per update (train.metrics)
     run/checkpoints/    see train.checkpoint       run/profile/         a trace, when asked for
 
-At most two updates are in flight and metrics are fetched once per `log_every` updates, so the device never
+At most two updates are in flight and metrics are fetched once per `log_every` updates: the device never
 waits for the host.
 """
 
@@ -41,10 +41,9 @@ class TrainingError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: status "finished", "stopped" (SIGTERM, saved) or "already finished"; `step` updates
-    are done.
+    """How a run ended: status "finished", "stopped" (SIGTERM, saved) or "already finished".
 
-    seconds: in all; compile_seconds of them compiling; rates: medians over logging windows (metrics.Speed).
+    step: updates done; seconds: in all; compile_seconds of them compiling; rates: medians over logging windows (metrics.Speed).
     """
 
     status: str
@@ -95,8 +94,7 @@ def train(
     """Train until the last update, or go on from the newest checkpoint in the folder `run`.
 
     batches: see feed.OpenBatches; available_steps: updates that the data gives. source: initial weights
-    (default: random).
-    saved_config: what is stored beside the checkpoints (default: model and train).
+    (default: random). saved_config: what is stored beside the checkpoints (default: model and train).
     """
     began, run, total = time.perf_counter(), Path(run), config.total_steps(available_steps)
     saved_config = saved_config or {"model": to_dict(model), "train": to_dict(config)}
@@ -243,9 +241,7 @@ class Loop:
         return fed.state
 
     def _report(self) -> None:
-        """Fetch and write the metrics of the updates since the last report; raise at the first that is not
-        finite.
-        """
+        """Fetch and write the metrics since the last report; raise at the first that is not finite."""
         if not self._pending:
             return
         fetched = [(step, rate, jax.device_get(results)) for step, rate, results in self._pending]
@@ -272,7 +268,7 @@ class Loop:
         )
         return (
             f"step {line['step']}{made_of} has loss {line['loss']} and gradient norm "
-            f"{line['grad_norm']}; {kept}: lower train.lr, lengthen train.warmup_ratio, or look at these samples"
+            f"{line['grad_norm']}; {kept}: lower train.lr, raise train.warmup_ratio, or look at these samples"
         )
 
     def _restart_clock(self) -> None:

@@ -1,13 +1,10 @@
 """Cross-entropy over the vocabulary without ever holding the logits of a whole row.
 
-    loss = sum_bt weights[b,t] * (logsumexp_v(z[b,t,:]) - z[b,t,targets[b,t]]),   z = hidden @ kernel in
-    float32
+    loss = sum_bt weights[b,t] (logsumexp_v z[b,t,:] - z[b,t,targets[b,t]]),   z = hidden @ kernel in float32
 
-The slots of a row are cut into n groups, a scan computes the logits of one group at a time and the backward
-pass computes them
-again. Group c holds slots c, c + n, c + 2n, ...: every group then has slots from each shard of the sequence
-axis, and only sums
-are taken, so the order is free.
+The slots of a row are cut into n groups; a scan computes the logits of one group at a time and the backward
+pass computes them again. Group c holds slots c, c + n, c + 2n, ...: so every group has slots from each shard
+of the sequence axis, and as only sums are taken the order is free.
 """
 
 from __future__ import annotations
@@ -21,9 +18,7 @@ from vlm_jax.parallel.rules import shard
 
 
 class LossSums(NamedTuple):
-    """float32 scalars: weighted sum of losses, sum of weights, weighted count of slots whose target has the
-    highest logit.
-    """
+    """float32: weighted sum of losses, sum of weights, weighted count of targets with the highest logit."""
 
     loss: jax.Array
     tokens: jax.Array

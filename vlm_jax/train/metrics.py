@@ -1,10 +1,9 @@
-"""Numbers of a run for people and programs: metrics.jsonl always, a progress bar, TensorBoard and Weights &
-Biases when asked for.
+"""Numbers of a run: metrics.jsonl always, a progress bar, TensorBoard and Weights & Biases when asked for.
 
-One JSON object per update: {"step": 1, "loss": ..., "lr": ..., "tokens": ..., ...}, floats written exactly;
-the last line of each
-logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall). `step`
-counts finished updates.
+    {"step": 1, "lr": ..., "loss": ..., "token_accuracy": ..., "tokens": ..., "samples": ..., ...}
+
+One JSON object per update, floats written exactly; `step` counts finished updates. The last line of each
+logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall).
 """
 
 from __future__ import annotations
@@ -40,8 +39,9 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes the lines of a run from `start_step` on; what an earlier process wrote beyond it is cut off.
-    First process only.
+    """Writes a run's lines from `start_step` on, cutting off what a killed process wrote beyond it.
+
+    Does nothing but on the first process.
     """
 
     def __init__(
@@ -107,9 +107,7 @@ def _needed(module: str, key: str) -> Any:
 
 
 def line_of(step: int, rate: float, metrics: Mapping[str, np.ndarray], slots_in_all: int) -> dict[str, Any]:
-    """Fetched metrics of one update (train.step) as a line; slots_in_all: row slots of the batch, padding
-    included.
-    """
+    """Fetched metrics of one update (train.step) as a line; slots_in_all counts padding too."""
     m = {key: np.asarray(value) for key, value in metrics.items()}
     tokens, micro = float(m["tokens"]), m["micro_losses"].tolist()
     line = {"step": step, "lr": rate, "loss": float(m["loss"])}
@@ -127,9 +125,7 @@ def is_finite(line: Mapping[str, Any]) -> bool:
 
 
 class Speed:
-    """Rates over a logging window and, median of windows, over the run: real slots and FLOPs only, waiting
-    for data included.
-    """
+    """Rates over logging windows, of real slots and FLOPs only, time spent waiting for data included."""
 
     def __init__(self, cost: Cost, devices: int, device_kind: str):
         self._cost, self._devices, self._peak = cost, devices, peak_flops(device_kind)
@@ -157,9 +153,7 @@ class Speed:
         return rates
 
     def median(self) -> dict[str, float]:
-        """Median of each rate over the windows after the first, which holds the warm-up (over all, if there
-        is only one).
-        """
+        """Median of each rate over the windows after the first, which holds the warm-up."""
         windows = list(self._rates)[1:] or list(self._rates)
         return {key: float(np.median([w[key] for w in windows])) for key in (windows[0] if windows else ())}
 

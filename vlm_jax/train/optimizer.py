@@ -1,10 +1,9 @@
 """AdamW with parameter groups by path, learning-rate schedules, clipping, and the sharding of its state.
 
-    g' = g * min(1, clip / (|g| + 1e-6));   u = adam(g') + decay * p;   p <- p - lr_group * factor(update) * u
+    g' = g min(1, clip / (|g| + 1e-6));   u = adam(g') + decay p;   p <- p - lr_group factor(update) u
 
 (Loshchilov & Hutter 2019; the clipping factor is torch's clip_grad_norm_.) The schedule is plain Python
-arithmetic: its value is
-an argument of the jitted step, so what is logged is what was used.
+arithmetic: its value is an argument of the jitted step, so what is logged is what was used.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ from vlm_jax.train.options import TrainConfig
 
 
 def schedule(step: int, total: int, warmup: int, kind: str) -> float:
-    """HF's get_scheduler: linear warm-up over `warmup` steps, then cosine or linear to 0 at `total`, or
-    constant.
-    """
+    """HF's schedules: linear warm-up over `warmup` steps; cosine or linear to 0 at `total`, or constant."""
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
@@ -92,8 +89,7 @@ def updates(
 def state_shardings(
     config: TrainConfig, params: Mapping[str, Any], shardings: Mapping[str, Any], replicated: Any
 ) -> Any:
-    """Optimizer state with the sharding of its parameter in place of each moment (jit alone would leave zeros
-    unsharded).
+    """NamedShardings of the optimizer state: each moment like its parameter (jit alone leaves it whole).
 
     params: {path: shape and dtype}.
     """

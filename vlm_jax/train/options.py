@@ -1,6 +1,4 @@
-"""How a run is trained: frozen dataclasses, made from the `train` part of a config by
-`vlm_jax.config.from_dict`.
-"""
+"""How a run is trained: frozen dataclasses, made from the `train` part of a config by config.from_dict."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Train state: what one update reads and writes, as flat dicts of arrays that are created where they will
-live.
+"""Train state: what an update reads and writes, as flat dicts of arrays created where they will live.
 
-step int32 | trainable {path: float32} | frozen {path: frozen_dtype} | opt_state (moments of trainable) | rng
-uint32 [2]
+step int32 | trainable {path: float32} | frozen {path: frozen_dtype} | opt_state (moments of trainable) |
+rng uint32 [2]
 """
 
 from __future__ import annotations
@@ -57,9 +56,7 @@ class LeafSource(Protocol):
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
-    """Paths that any of `patterns` finds; what the tower does not compute is never trained. A pattern must
-    find something.
-    """
+    """Paths that any of `patterns` finds (each must find one); uncomputed tower parts are never trained."""
     paths = [path for path in paths if not path.startswith("tower/unused/")]
     found: set[str] = set()
     for pattern in patterns:
@@ -107,9 +104,7 @@ def shardings(model: VLMConfig, config: TrainConfig) -> TrainState | None:
 def initialiser(
     model: VLMConfig, config: TrainConfig, paths: Iterable[str] | None = None
 ) -> Callable[[], Params]:
-    """Jitted function () -> random parameters at `paths` (default: all), in the state's dtypes, created
-    sharded.
-    """
+    """Jitted () -> random parameters at `paths` (default: all) in the state's dtypes, created sharded."""
     goal = abstract(model, config).params
     wanted = sorted(goal if paths is None else paths)
     dtypes = {path: goal[path].dtype for path in wanted}
@@ -123,9 +118,7 @@ def initialiser(
 
 
 def create(model: VLMConfig, config: TrainConfig, source: LeafSource | None = None) -> TrainState:
-    """A fresh state at step 0: parameters from `source` where it has them, the rest at random; every array
-    starts sharded.
-    """
+    """A sharded state at step 0: parameters from `source` where it has them, the rest random."""
     goal = abstract(model, config)
     from_source = [path for path in goal.params if source is not None and path in source]
     params = initialiser(model, config, set(goal.params) - set(from_source))()

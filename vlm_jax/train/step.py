@@ -1,13 +1,10 @@
-"""The training step: one jitted function (state, batch, rate factor) -> (state, metrics), compiled once per
-run.
+"""The training step: one jitted function (state, batch, rate factor) -> (state, metrics).
 
-    batch leaves [A, B, ...]: A micro-batches of B rows (data.packing has the keys); gradients are summed over
-    A by a scan
+    batch leaves [A, B, ...]: A micro-batches of B rows (data.packing has the keys), gradients summed by a scan
     global_tokens   g = d/dp (sum of all losses / number of all supervised tokens)
     per_microbatch  g = d/dp (1/A) sum_a (losses of a / tokens of a)
 
-Only trainable leaves are differentiated. Metrics are sums, counts and norms; the host divides
-(train.metrics).
+Only trainable leaves are differentiated. Metrics are sums, counts and norms; the host divides.
 """
 
 from __future__ import annotations
@@ -45,9 +42,7 @@ def compute_of(config: TrainConfig) -> vlm.Compute:
 
 
 def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding] | None:
-    """NamedSharding of each batch array [A, B, ...] under the mesh in use: rows over `data` and `fsdp`, slots
-    over `seq`.
-    """
+    """NamedSharding of batch arrays [A, B, ...]: rows over `data` and `fsdp`, slots over `seq`."""
     current = rules.current()
     if current is None:
         return None
@@ -68,9 +63,7 @@ def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSha
 def loss_and_gradients(
     model: VLMConfig, config: TrainConfig, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, Metrics]:
-    """Gradients of the run's loss on a batch [A, B, ...], sharded like the parameters, and the loss sums
-    behind them.
-    """
+    """(gradients sharded like the parameters, sums of losses and counts) of a batch [A, B, ...]."""
     weights = batch["weights"]
     micros = weights.shape[0]
     if config.compat.loss_normalisation == "per_microbatch":
@@ -109,9 +102,7 @@ def loss_and_gradients(
 
 
 def constrain(model: VLMConfig, leaves: Params) -> Params:
-    """`leaves` (gradients by path) laid out like their parameters; without it they would come back
-    replicated.
-    """
+    """Gradients by path, laid out like their parameters; without it they would come back replicated."""
     where = vlm.shardings(model)
     if where is None:
         return leaves
@@ -119,8 +110,7 @@ def constrain(model: VLMConfig, leaves: Params) -> Params:
 
 
 def row_counts(batch: Batch, features: int) -> Metrics:
-    """What a batch [A, B, ...] really holds: samples, image views in use, real slots, causal pairs of slots
-    (sum of n^2 / 2).
+    """What a batch [A, B, ...] really holds: samples, views in use, real slots, causal pairs (sum of n^2/2).
 
     Everything that is padding counts zero. features: P, slots per view.
     """
@@ -172,7 +162,5 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
 
 
 def split_micro_batches(rows: Mapping[str, np.ndarray], accum: int) -> dict[str, np.ndarray]:
-    """Device arrays of a row batch [R, ...] as [A, R / A, ...]; keys that the step does not read are left
-    out.
-    """
+    """A row batch [R, ...] as [A, R / A, ...]; keys that the step does not read are left out."""
     return {key: rows[key].reshape(accum, -1, *rows[key].shape[1:]) for key in BATCH_AXES}
