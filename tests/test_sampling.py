@@ -33,7 +33,10 @@ def reference(logits, temperature, top_k, top_p):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), temperature=st.sampled_from([0.2, 0.7, 1.0, 1.5]), top_k=st.sampled_from([0, 1, 3, 20, 99]), top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]))
+@given(
+    seed=st.integers(0, 10_000), temperature=st.sampled_from([0.2, 0.7, 1.0, 1.5]), top_k=st.sampled_from([0, 1, 3, 20, 99]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
 def test_distribution(seed, temperature, top_k, top_p):
     logits = np.random.default_rng(seed).normal(size=(2, 24)).astype(np.float32) * 3
     ours = jax.nn.softmax(warp(jnp.asarray(logits), the_same(2, temperature, top_k, top_p)), axis=-1)
@@ -82,7 +85,10 @@ def test_penalty_makes_seen_tokens_less_likely():
     np.testing.assert_allclose(out, [[1.0, -4.0, 1.0]])
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}, {"beams": 2, "temperature": 1.0}, {"stop": ("",)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}, {"beams": 2, "temperature": 1.0}, {"stop": ("",)}],
+)
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Decoding(**wrong)

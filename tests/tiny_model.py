@@ -15,9 +15,11 @@ WORDS = "What is it? Is the watch sunny, cloudy or raining: 12:30:05 and 62% at 
 
 def random_params(config):
     """Large random weights (small ones answer with one token for ever), norms at one; numpy, as compiling `init` takes longer."""
-    rng = np.random.default_rng(0)
-    shapes = sorted(vlm.shapes(config).items())
-    return {path: np.ones(s.shape, np.float32) if path.endswith("scale") else rng.normal(0, 0.2, s.shape).astype(np.float32) for path, s in shapes}
+    rng, params = np.random.default_rng(0), {}
+    for path, like in sorted(vlm.shapes(config).items()):
+        value = np.ones(like.shape) if path.endswith("scale") else rng.normal(0, 0.2, like.shape)
+        params[path] = value.astype(np.float32)
+    return params
 
 
 def write(folder, texts=(WORDS,)):

@@ -60,7 +60,9 @@ SAMPLING = (
     number("top_p", 1.0, "nucleus sampling: keep the smallest set of tokens with this probability"),
     number("top_k", 0, "keep the k most probable tokens; 0 keeps all"),
     number("max_new_tokens", 512, "longest answer"),
+    number("repetition_penalty", 1.0, "above 1 makes tokens that were said less probable"),
     number("seed", 0, "random seed of sampling"),
+    many("stop", "stop string; repeat for several"),
     text("template", "", "conversation template, e.g. v1; default: the one of the model"),
 )
 
@@ -76,7 +78,7 @@ COMMANDS: dict[str, Command] = {
         (MODEL, DTYPE, *SAMPLING, many("image", "image file; repeat for several images in one prompt"), text("prompt", "", "the question"),
          text("questions", "", "JSONL file of {question_id, image, text} instead of --image and --prompt"),
          text("image_folder", "", "folder of the images in --questions"), text("out", "", "JSONL file for the answers to --questions"),
-         number("batch", 8, "questions answered at once"), number("beams", 1, "beam search width"), many("stop", "stop string; repeat for several")),
+         number("batch", 8, "questions answered at once"), number("beams", 1, "beam search width")),
         "vlm_jax.generate.command:generate",
     ),
     "chat": Command(
@@ -89,13 +91,17 @@ COMMANDS: dict[str, Command] = {
         (text("from", "", "LLaVA checkpoint directory (HF or original) or training run"), text("to", None, "directory to write"),
          text("vision", "", "CLIP or SigLIP directory that replaces the tower"), text("llm", "", "Llama-family directory that replaces the LLM"),
          text("projector", "", "mm_projector.bin or safetensors that replaces the projector"), text("dtype", "", "bfloat16, float16 or float32; default: as read"),
-         text("names", "hf", "tensor names to write: hf, llava (original) or source (as read)"), text("max_shard", "5GB", "largest weight file")),
-        "vlm_jax.convert.command:convert",
+         text("names", "hf", "tensor names to write: hf, llava (original) or source (as read)"), text("max_shard", "5GB", "largest weight file"),
+         text("tokenizer", "", "folder whose tokenizer is written instead of the one read"),
+         text("tower", "", "what an original LLaVA config.json shall name as mm_vision_tower")),
+        "vlm_jax.train.export:convert",
     ),
     "evaluate": Command(
         "score a model on a benchmark",
         (MODEL, DTYPE, text("task", None, "benchmark, e.g. smartwatch"), text("data", None, "file or folder of the benchmark"),
-         text("out", "", "JSON file for scores and answers"), number("batch", 16, "questions answered at once"), number("limit", 0, "first records only; 0 is all")),
+         text("out", "", "JSON file for scores and answers"), number("batch", 16, "questions answered at once"), number("limit", 0, "first records only; 0 is all"),
+         text("history", "true", "before the later questions of a dialogue: the true answers, the model's own, or none"),
+         text("template", "", "conversation template; default: the one of the model")),
         "vlm_jax.evaluate.command:evaluate",
     ),
     "quickstart": Command(

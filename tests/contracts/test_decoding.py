@@ -71,7 +71,8 @@ def alone(params):
     """The greedy answer of every prompt at batch size 1."""
     one = Generator(CONFIG, params, batch_size=1)
     answers = one.tokens(PROMPTS, Decoding(NEW))
-    assert len({tuple(a) for a in answers}) == len(answers) and all(len(set(a)) > 2 for a in answers), "the answers must differ to test anything"
+    # they must differ to test anything
+    assert len({tuple(a) for a in answers}) == len(answers) and all(len(set(a)) > 2 for a in answers)
     return answers
 
 

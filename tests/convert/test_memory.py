@@ -30,8 +30,8 @@ config = VLMConfig(vision=VisionConfig(width=64, heads=4, mlp=128, layers=3), ll
 stacks = {}
 for entry in names.entries(config):
     stacks.setdefault(entry.path, []).append(entry)
-shapes = {p: (() if e[0].layer is None else (len(e),), e[0].layout.shape(e[0].shape)) for p, e in stacks.items()}
-params = {path: Zeros(layers + one) for path, (layers, one) in shapes.items()}
+layers = {path: () if e[0].layer is None else (len(e),) for path, e in stacks.items()}
+params = {path: Zeros(layers[path] + e[0].layout.shape(e[0].shape)) for path, e in stacks.items()}
 size = sum(4 * int(np.prod(z.shape)) for z in params.values())
 before = peak()
 export(sys.argv[1] + "/a", config, params, max_shard=size // 8)

@@ -1,7 +1,7 @@
 """`python -m vlm_jax generate`: answers to a prompt about some images, or to a whole question file.
 
-    question line  {"question_id": 1, "image": "a.png", "text": "What is it?", "category": "detail"}     image: a name, a list, or absent
-    answer line    {"question_id": 1, "prompt": "What is it?", "text": "A cat.", "answer_id": "...", "model_id": "llava-1.5", "metadata": {}}
+    question line  {"question_id": 1, "image": "a.png", "text": "What is it?"}       image: a name, a list of names, or absent
+    answer line    {"question_id": 1, "prompt": "What is it?", "text": "A cat.", "answer_id": "...", "model_id": "...", "metadata": {}}
 
 Both formats are LLaVA's (model_vqa.py). Answers are written as they come, in the order of the questions.
 """

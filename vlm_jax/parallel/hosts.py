@@ -1,8 +1,10 @@
 """Several processes as one program: start-up, which rows a process loads, batches made of all their rows.
 
-python -m vlm_jax train ...             one process: nothing to do
-srun python -m vlm_jax train ...        Slurm, and every host of a TPU slice: jax.distributed finds out
-VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0 python -m vlm_jax train ...     else
+    one process             python -m vlm_jax train ...
+    Slurm, TPU slices       the same in every process; jax.distributed finds the others
+    anything else           with VLM_JAX_COORDINATOR=host:port VLM_JAX_PROCESSES=2 VLM_JAX_PROCESS=0
+
+`data_shard` says which rows of a batch a process loads.
 """
 
 from __future__ import annotations

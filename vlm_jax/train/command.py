@@ -10,8 +10,6 @@ import jax
 
 from vlm_jax import recipe as recipes
 from vlm_jax.config import VLMConfig, to_dict
-from vlm_jax.convert.write import export
-from vlm_jax.data.chat_template import chat_template
 from vlm_jax.data.dataset import open_rows
 from vlm_jax.data.generated import make_watch_data
 from vlm_jax.data.pipeline import Batches, Rows, total_steps
@@ -20,9 +18,9 @@ from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.recipe import Recipe
 from vlm_jax.train import loop
-from vlm_jax.train.weights import open_tokenizer, open_weights, tokenizer_folder
+from vlm_jax.train.export import export_result
+from vlm_jax.train.weights import open_tokenizer, open_weights
 
-EXPORT = "export"  # folder of a run that holds the HF directory
 
 
 def train(config: Any, coordinator: str = "", process_id: int = -1, process_count: int = -1) -> int:
@@ -53,7 +51,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
     )
     report_skipped(rows)
     if recipe.export and result.status != "stopped":
-        write_export(recipe, model, result, run)
+        export_result(recipe, result, run)
     return result
 
 
@@ -91,15 +89,3 @@ def report_skipped(rows: Rows) -> None:
     more = len(rows.manifest.notes) - 5
     if more > 0:
         hosts.say(f"not trained on: {more} more records")
-
-
-def write_export(recipe: Recipe, model: VLMConfig, result: loop.Result, run: Path) -> None:
-    """The trained model as an HF directory run/export; on several processes `convert --from RUN` does it afterwards."""
-    target = run / EXPORT
-    if jax.process_count() > 1:
-        hosts.say(f"export it with: python -m vlm_jax convert --from {run} --to DIR")
-        return
-    if result.status == "already finished" and target.exists():
-        return
-    export(target, model, result.state.params, tokenizer=tokenizer_folder(recipe), chat_template=chat_template(recipe.data.template))
-    hosts.say(f"exported to {target}")

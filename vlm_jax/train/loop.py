@@ -43,7 +43,8 @@ class TrainingError(UserError):
 class Result:
     """How a run ended: status "finished", "stopped" (SIGTERM, saved) or "already finished".
 
-    step: updates done; seconds: in all; compile_seconds of them compiling; rates: medians over logging windows (metrics.Speed).
+    step: updates done; seconds: in all, compile_seconds of them compiling; rates: medians over logging
+    windows (metrics.Speed).
     """
 
     status: str

@@ -16,11 +16,10 @@ class Compat:
     """Quirks of published training code, off unless such a run is to be reproduced.
 
     loss_normalisation: "global_tokens" weighs every supervised token of a step alike; "per_microbatch"
-    averages the means of the
-        micro-batches (HF Trainer at transformers 4.37, where a micro-batch is one device's share: set `accum`
-        to devices x steps).
+        averages the means of the micro-batches (HF Trainer at transformers 4.37, where each is one device's
+        share: set `accum` to devices x steps).
     zero_first_lr: HF's schedule, whose first update has learning rate 0. Otherwise neither the first nor the
-    last update is void.
+        last update is void.
     """
 
     loss_normalisation: str = "global_tokens"
@@ -36,15 +35,14 @@ class Compat:
 class TrainConfig:
     """Hyperparameters of one run; the defaults are stage 2 of LLaVA-1.5.
 
-    trainable: regular expressions over parameter paths ("llm/blocks/attn/q/kernel"); what none matches is
-    frozen.
-    steps: updates in all; None: what `epochs` passes over the data give. global_batch: rows per update, in
-    `accum` micro-batches.
-    group_lrs: (regular expression, learning rate), the first match wins over `lr`. no_decay: paths without
-    weight decay.
+    trainable: regular expressions over parameter paths ("llm/blocks/attn/q/kernel"); the rest is frozen.
+    steps: updates in all; None: what `epochs` passes over the data give.
+    global_batch: rows per update, in `accum` micro-batches.
+    group_lrs: (regular expression, learning rate), the first match wins over `lr`.
+    no_decay: regular expressions of paths without weight decay.
     warmup_steps: None: ceil(warmup_ratio * steps). clip_norm: None does not clip.
-    dtype, vision_dtype: activations; frozen_dtype: storage of frozen parameters; moment_dtype: storage of
-    Adam's first moment.
+    dtype, vision_dtype: of activations; frozen_dtype: of stored frozen parameters; moment_dtype: of Adam's
+        first moment.
     loss_chunk: row slots whose logits exist at one time. profile: (first, last) step of a jax.profiler trace.
     max_bad_samples: broken records that the data pipeline may skip before it stops the run.
     """

@@ -1,6 +1,6 @@
 """The training step: one jitted function (state, batch, rate factor) -> (state, metrics).
 
-    batch leaves [A, B, ...]: A micro-batches of B rows (data.packing has the keys), gradients summed by a scan
+    batch leaves [A, B, ...]: A micro-batches of B rows (keys: data.packing), gradients summed by a scan
     global_tokens   g = d/dp (sum of all losses / number of all supervised tokens)
     per_microbatch  g = d/dp (1/A) sum_a (losses of a / tokens of a)
 
