@@ -23,7 +23,7 @@ SIZES = {
 }
 
 
-def stage1(compat: bool) -> tuple[DataConfig, TrainConfig]:
+def stage1() -> tuple[DataConfig, TrainConfig]:
     """scripts/v1_5/pretrain.sh: projector only, 558K captions, plain template."""
     data = DataConfig(
         template="plain",  # --version plain
@@ -40,7 +40,7 @@ def stage1(compat: bool) -> tuple[DataConfig, TrainConfig]:
     return data, train
 
 
-def stage2(compat: bool) -> tuple[DataConfig, TrainConfig]:
+def stage2() -> tuple[DataConfig, TrainConfig]:
     """scripts/v1_5/finetune.sh: LLM and projector, 665K instructions, Vicuna v1 template."""
     data = DataConfig(
         template="v1",  # --version v1
@@ -60,7 +60,7 @@ def get_config(words: str = ""):
     """The recipe named by comma-separated words (default: 7b,stage2)."""
     chosen = read_words(words, size=tuple(SIZES), stage=("stage2", "stage1"), flags=("unpacked", "compat", "smoke"))
     first = chosen["stage"] == "stage1"
-    data, train = (stage1 if first else stage2)("compat" in chosen)
+    data, train = (stage1 if first else stage2)()
     if "unpacked" in chosen:
         data = dataclasses.replace(data, row_length=2048, views_per_row=1, max_samples=1)
         train = dataclasses.replace(train, global_batch=256 if first else 128)

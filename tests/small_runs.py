@@ -8,6 +8,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from vlm_jax.config import LLMConfig, VisionConfig, VLMConfig
+from vlm_jax.models import vlm
 from vlm_jax.train.options import TrainConfig
 
 VISION = VisionConfig(image_size=28, patch_size=14, width=16, layers=2, heads=2, mlp=32)
@@ -26,6 +27,24 @@ EXACT = TrainConfig(
     save_every=2,
 )
 VIEWS = 2
+
+
+class Weights:
+    """Initial weights from numpy, which spares a run the compilation of random initialisers."""
+
+    def __init__(self, model: VLMConfig = MODEL):
+        rng = np.random.default_rng(0)
+        self.arrays = {}
+        for path, shape in vlm.shapes(model).items():
+            noise = 0.1 * rng.normal(size=shape.shape).astype(np.float32)
+            self.arrays[path] = noise + 1 if path.endswith("scale") else noise
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.arrays
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` of a parameter."""
+        return self.arrays[path][index]
 
 
 def segment(

@@ -18,7 +18,7 @@ from vlm_jax.train.metrics import read_metrics
 SCRIPT = """
 import dataclasses, os, sys
 import jax
-from tests.small_runs import EXACT, MODEL, Batches
+from tests.small_runs import Batches, EXACT, MODEL, Weights
 from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.train.loop import train
@@ -39,7 +39,7 @@ config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=4, steps=int(
 def batches(start, state):
     return Mine(start, rows=4)
 
-result = train(config, MODEL, batches, sys.argv[1], mesh=mesh, progress=False)
+result = train(config, MODEL, batches, sys.argv[1], mesh=mesh, source=Weights(), progress=False)
 print("ended:", result.status, result.step, flush=True)
 os._exit(0)
 """

@@ -60,7 +60,7 @@ def test_rounds_ask_every_attribute_once_with_its_answer():
     watches, records = draw_all(WatchSet(5, seed=3, wordings=2))
     for watch, record in zip(watches, records, strict=True):
         turns = record["conversations"]
-        assert [t["value"] for t in turns[1::2]] == [answer(watch, a) for a in ATTRIBUTES]
+        assert sorted(t["value"] for t in turns[1::2]) == sorted(answer(watch, a) for a in ATTRIBUTES)
         assert [t["value"].startswith("<image>\n") for t in turns[::2]] == [True] + [False] * 4
 
 

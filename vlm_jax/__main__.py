@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-Define = Callable[[flags.FlagValues], None]
+Define = Callable[[flags.FlagValues, list[str]], None]  # (values to define in, the arguments of the command)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -29,28 +29,24 @@ class Command(NamedTuple):
 
 def text(name: str, default: str | None, help: str) -> Define:
     """A string flag."""
-    return lambda f: flags.DEFINE_string(name, default, help, flag_values=f)
+    return lambda f, _: flags.DEFINE_string(name, default, help, flag_values=f)
 
 
 def number(name: str, default: float | int | None, help: str) -> Define:
     """An int or float flag, by the type of its default."""
     define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
-    return lambda f: define(name, default, help, flag_values=f)
+    return lambda f, _: define(name, default, help, flag_values=f)
 
 
 def many(name: str, help: str) -> Define:
     """A flag that may be repeated."""
-    return lambda f: flags.DEFINE_multi_string(name, [], help, flag_values=f)
+    return lambda f, _: flags.DEFINE_multi_string(name, [], help, flag_values=f)
 
 
-def switch(name: str, default: bool, help: str) -> Define:
-    """A boolean flag."""
-    return lambda f: flags.DEFINE_boolean(name, default, help, flag_values=f)
-
-
-def config(f: flags.FlagValues) -> None:
+def config(f: flags.FlagValues, arguments: list[str]) -> None:
     """--config FILE.py:words and --config.any.key=value."""
-    config_flags.DEFINE_config_file("config", None, "recipe, e.g. configs/llava15.py:7b,stage1; any key can be overridden: --config.train.lr=1e-4", flag_values=f)
+    help = "recipe, e.g. configs/llava15.py:7b,stage1; any key can be overridden: --config.train.lr=1e-4"
+    config_flags.DEFINE_config_file("config", None, help, flag_values=f, sys_argv=["vlm_jax", *arguments])
 
 
 MODEL = text("model", None, "a LLaVA directory in HF format, or the output directory of a training run")
@@ -106,7 +102,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "quickstart": Command(
         "make the smart-watch data, train a small model from nothing, evaluate, export and write a report",
-        (text("out", "runs/quickstart", "folder for everything"), config),
+        (text("out", "", "folder for everything; default: config.output"), config),
         "vlm_jax.quickstart:quickstart",
     ),
 }
@@ -156,13 +152,14 @@ def unknown_key(message: str, arguments: list[str]) -> str:
 def parse(name: str, arguments: list[str]) -> dict[str, Any]:
     """Flag values of a command as keyword arguments; problems raise ValueError with one sentence."""
     f = flags.FlagValues()
+    arguments = find_config(arguments)
     for define in COMMANDS[name].flags:
-        define(f)
+        define(f, arguments)
     if {"--help", "-h", "-help"} & set(arguments):
         print(command_help(name, f))
         raise SystemExit(0)
     try:
-        rest = f(["vlm_jax", *find_config(arguments)])[1:]
+        rest = f(["vlm_jax", *arguments])[1:]
     except AttributeError as error:  # how ml_collections refuses an unknown key
         raise ValueError(unknown_key(str(error), arguments)) from None
     except (flags.Error, TypeError) as error:
@@ -175,6 +172,8 @@ def parse(name: str, arguments: list[str]) -> dict[str, Any]:
     required = [n for n in values if f[n].default is None and values[n] is None and n != "config"]
     if required:
         raise ValueError(f"{name} needs --{required[0]}: {f[required[0]].help}")
+    if name == "quickstart" and values["config"] is None:
+        return parse(name, ["--config=configs/quickstart.py", *arguments])
     if name == "train" and values["config"] is None:
         raise ValueError("train needs --config, e.g. --config configs/llava15.py:7b,stage1")
     return values
@@ -203,6 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
         return run(**values) or 0
     except UserError as error:
         print(f"vlm_jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be written, a disk that is full; without a file name it is none of the user's
+        if error.filename is None:
+            raise
+        print(f"vlm_jax: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vlm_jax: interrupted", file=sys.stderr)

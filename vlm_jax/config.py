@@ -39,10 +39,6 @@ class VisionConfig:
 
     `feature_layers` are indices into HF's `hidden_states` (0 = embeddings, i = output of block i; negative from the end); several
     are concatenated on channels. `select="patch"` drops the class token, "full" keeps every token.
-
-    Random start: kernels N(0, init_std^2), or None: N(0, 1/fan_in), halved where they write to the residual stream; class token and
-    positions N(0, position_std^2); patch kernel N(0, patch_std^2), and patch_zero_mean takes each filter's mean over its pixels
-    away, so that at first a patch shows its structure and not its brightness.
     """
 
     kind: str = "clip"
@@ -59,10 +55,7 @@ class VisionConfig:
     pooler_head: bool = False
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    init_std: float | None = 0.02
-    position_std: float = 0.02
-    patch_std: float = 0.02
-    patch_zero_mean: bool = False
+    init_std: float = 0.02
 
     def __post_init__(self):
         one_of("vision.kind", self.kind, ("clip", "siglip"))
@@ -113,7 +106,6 @@ class ProjectorConfig:
     kind: str = "mlp2x_gelu"
     act: str = "gelu"
     bias: bool = True
-    init_std: float | None = 0.02
 
     def __post_init__(self):
         self.depth  # raises on an unknown kind
@@ -149,10 +141,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-    """A Llama-family decoder: Llama 1/2/3, Vicuna, Mistral (window), GQA, tied head, biases, explicit head width.
-
-    Random start: as VisionConfig; token embeddings N(0, embed_std^2).
-    """
+    """A Llama-family decoder: Llama 1/2/3, Vicuna, Mistral (window), GQA, tied head, biases, explicit head width."""
 
     vocab: int = 32000
     width: int = 4096
@@ -169,8 +158,7 @@ class LLMConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     act: str = "silu"
-    init_std: float | None = 0.02
-    embed_std: float = 0.02
+    init_std: float = 0.02
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -181,7 +169,10 @@ class LLMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    """Tower + projector + decoder, and how an image becomes slots (`aspect`, `merge`, `pinpoints`)."""
+    """Tower + projector + decoder, and how an image becomes slots (`aspect`, `merge`, `pinpoints`).
+
+    `init`: random weights where no checkpoint has any; "normal" is N(0, init_std^2), "scratch" that of models.scratch.
+    """
 
     vision: VisionConfig = VisionConfig()
     projector: ProjectorConfig = ProjectorConfig()
@@ -190,8 +181,10 @@ class VLMConfig:
     merge: str = "flat"
     image_newline: bool = False
     pinpoints: tuple[tuple[int, int], ...] = ()
+    init: str = "normal"
 
     def __post_init__(self):
+        one_of("model.init", self.init, ("normal", "scratch"))
         one_of("model.aspect", self.aspect, ("square", "pad", "anyres"))
         one_of("model.merge", self.merge, ("flat", "spatial", "spatial_unpad"))
         if self.merge == "spatial_unpad" and not self.image_newline:

@@ -69,6 +69,8 @@ def load(path: Path) -> Recipe:
     """Read what `save` wrote."""
     try:
         return from_config(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: the config of a run lies beside its checkpoints") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}): restore it or start in another output folder") from None
 

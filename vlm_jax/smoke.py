@@ -22,7 +22,7 @@ def shrink(recipe: Recipe) -> Recipe:
     llm = dataclasses.replace(m.llm, vocab=VOCABULARY, width=64, mlp=128, layers=2, heads=heads, kv_heads=kv_heads, head_dim=16)
     unpacked = d.max_samples == 1
     data = dataclasses.replace(
-        d, path=(), generated_watches=48, generated_task="caption" if d.template == "plain" else "vqa", threads=2,
+        d, path=(), generated_watches=48, generated_task="caption" if d.template == "plain" else "rounds", threads=2,
         row_length=384 if unpacked else 768, sample_length=384, views_per_row=1 if unpacked else 4,
     )
     train = dataclasses.replace(

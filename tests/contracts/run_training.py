@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.small_runs import EXACT, MODEL, Batches  # noqa: E402
+from tests.small_runs import EXACT, MODEL, Batches, Weights  # noqa: E402
 from vlm_jax.train.loop import train  # noqa: E402
 from vlm_jax.train.options import STAGE1  # noqa: E402
 
@@ -31,7 +31,14 @@ def main(folder: str, steps: str, limit: str = "") -> None:
     )
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-    result = train(config, MODEL, lambda start, state: SlowBatches(start, rows=2), folder, progress=False)
+    result = train(
+        config,
+        MODEL,
+        lambda start, state: SlowBatches(start, rows=2),
+        folder,
+        source=Weights(),
+        progress=False,
+    )
     print(f"ended: {result.status} at {result.step}")
 
 

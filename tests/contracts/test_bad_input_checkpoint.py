@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.small_runs import EXACT, LLM, MODEL, Batches
+from tests.small_runs import EXACT, LLM, MODEL, Batches, Weights
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 from vlm_jax.train import state as states
@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
     """(folder of checkpoints, state that was saved on a 4 x 2 mesh)."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     with rules.use(make_mesh(MeshConfig(fsdp=4, tensor=2))):
-        state = states.create(MODEL, SMALL)
+        state = states.create(MODEL, SMALL, Weights())
         checkpoints = Checkpointer(folder)
         checkpoints.save(3, state, {"row": 17}, {"train": {"lr": 1e-3}})
         checkpoints.close()
@@ -128,7 +128,13 @@ def test_loss_that_is_not_finite(tmp_path):
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with pytest.raises(TrainingError) as caught:
         train(
-            config, MODEL, lambda start, state: Poisoned(start, rows=2), tmp_path, mesh=mesh, progress=False
+            config,
+            MODEL,
+            lambda start, state: Poisoned(start, rows=2),
+            tmp_path,
+            mesh=mesh,
+            source=Weights(),
+            progress=False,
         )
     assert "step 4, whose batch holds samples [6, 7], has loss nan" in str(caught.value)
     assert "the checkpoint of step 2 is intact" in str(caught.value)
@@ -143,4 +149,12 @@ def test_data_that_ends_too_early(tmp_path):
     with pytest.raises(
         TrainingError, match="the data ended after step 3 of 8: raise train.epochs or lower train.steps"
     ):
-        train(config, MODEL, lambda start, state: iter(three), tmp_path, mesh=mesh, progress=False)
+        train(
+            config,
+            MODEL,
+            lambda start, state: iter(three),
+            tmp_path,
+            mesh=mesh,
+            source=Weights(),
+            progress=False,
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.small_runs import EXACT, LLM, MODEL, batch
+from tests.small_runs import EXACT, LLM, MODEL, Weights, batch
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.models import vlm
 from vlm_jax.parallel import hosts, rules
@@ -31,16 +31,11 @@ def mesh_of(config: MeshConfig, devices: int = 8):
     return make_mesh(config, jax.devices()[:devices])
 
 
-@functools.cache
-def whole_params():
-    return {k: np.asarray(v) for k, v in vlm.init(MODEL, 0).items()}
-
-
 def run_on(mesh, config=EXACT):
     """(loss, gradients as jax arrays) of the same batch and parameters on `mesh`."""
     with rules.use(mesh):
         where = vlm.shardings(MODEL)
-        params = {k: jax.device_put(v, where[k]) for k, v in whole_params().items()}
+        params = {k: jax.device_put(v, where[k]) for k, v in Weights().arrays.items()}
         chosen = states.select(config.trainable, params)
         trainable, frozen = (
             {k: v for k, v in params.items() if (k in chosen) == side} for side in (True, False)

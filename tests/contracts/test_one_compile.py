@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import monitoring
 
-from tests.small_runs import EXACT, MODEL, batch
+from tests.small_runs import EXACT, MODEL, Weights, batch
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 from vlm_jax.train.loop import train
 from vlm_jax.train.metrics import read_metrics
@@ -46,7 +46,7 @@ def test_an_epoch_of_mixed_rows_compiles_once(tmp_path):
 
     with compilations() as found:
         mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-        result = train(config, MODEL, watched, tmp_path, mesh=mesh, progress=False)
+        result = train(config, MODEL, watched, tmp_path, mesh=mesh, source=Weights(), progress=False)
     assert result.status == "finished" and result.step == 12
     # two batches are read ahead of the first update, so the sixth is read when the step has long been
     # compiled
@@ -59,7 +59,9 @@ def test_a_profile_and_one_line_per_update(tmp_path):
     )
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     made = [(step, batch(step, rows=2)) for step in range(5)]
-    result = train(config, MODEL, lambda start, state: iter(made), tmp_path, mesh=mesh, progress=False)
+    result = train(
+        config, MODEL, lambda start, state: iter(made), tmp_path, mesh=mesh, source=Weights(), progress=False
+    )
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]

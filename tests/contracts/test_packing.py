@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.small_runs import EXACT, MODEL, VIEWS, segment
-from vlm_jax.models import vlm
+from tests.small_runs import EXACT, MODEL, VIEWS, Weights, segment
 from vlm_jax.train import state as states
 from vlm_jax.train.step import loss_and_gradients, split_micro_batches
 
@@ -39,7 +38,7 @@ def lay_out(groups, slots=24, rows=6):
 
 @functools.cache
 def evaluate():
-    params = vlm.init(MODEL, 0)
+    params = Weights().arrays
     chosen = states.select(EXACT.trainable, params)
     trainable, frozen = ({k: v for k, v in params.items() if (k in chosen) == side} for side in (True, False))
     run = jax.jit(functools.partial(loss_and_gradients, MODEL, EXACT))

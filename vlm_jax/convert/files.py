@@ -83,14 +83,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Parsed JSON; a missing or broken file raises one sentence naming it."""
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Parsed JSON object; a missing or broken file, or another value in it, raises one sentence naming it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

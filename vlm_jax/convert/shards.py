@@ -91,8 +91,7 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
 
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Every tensor of `weight_map`, each from the shard that the index names."""
-    content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise CheckpointError(f"{index} has no weight_map: it is not the index of a sharded checkpoint")
     shards = sorted(set(places.values()))

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Iterator
 
 from vlm_jax.config import one_of
-from vlm_jax.data.new_tokenizer import byte_level
+from vlm_jax.data.new_tokenizer import byte_level, word_level
+from vlm_jax.data.options import DataConfig
 from vlm_jax.data.smartwatch_files import WatchSet, generate
-from vlm_jax.data.templates import template
+from vlm_jax.data.templates import Template, messages_of, render, template
 
 TASKS = ("rounds", "vqa", "caption")
+TOKENIZERS = ("byte", "word")
 
 
-def make_watch_data(folder: Path, count: int, task: str, template_name: str, vocab: int, seed: int) -> Path:
-    """Draw `count` watches into `folder` and write train.json and a tokenizer of at most `vocab` tokens; returns train.json.
+def make_watch_data(folder: Path, data: DataConfig, vocab: int, progress: bool = False) -> Path:
+    """Draw data.generated_watches into `folder`; write train.json and a tokenizer of at most `vocab` tokens; returns train.json.
 
-    task: "rounds" asks every attribute once, "vqa" and "caption" are those of the published data set.
+    data.generated_task: "rounds" asks every attribute once, "vqa" and "caption" are those of the published data set.
     """
-    one_of("data.generated_task", task, TASKS)
-    drawn = generate(folder, WatchSet(count, seed, "rounds" if task == "rounds" else "published"), progress=False)
-    records = [r for r in json.loads(drawn.read_text(encoding="utf-8")) if task == "rounds" or r["task"] == task]
-    texts = [turn["value"] for r in records for turn in r["conversations"]]
-    t = template(template_name)
-    byte_level([*texts, t.system, " ".join(t.roles), "\n"], vocab, folder)
+    one_of("data.generated_task", data.generated_task, TASKS)
+    one_of("data.generated_tokenizer", data.generated_tokenizer, TOKENIZERS)
+    rounds = data.generated_task == "rounds"
+    settings = WatchSet(data.generated_watches, data.seed, "rounds" if rounds else "published")
+    drawn = json.loads(generate(folder, settings, progress=progress).read_text(encoding="utf-8"))
+    records = [r for r in drawn if rounds or r["task"] == data.generated_task]
+    t = template(data.template)
+    texts = [t.system, *training_texts(records, t)]
+    if data.generated_tokenizer == "word":
+        word_level(texts, folder)
+    else:
+        byte_level(texts, vocab, folder)
     (folder / "train.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return folder / "train.json"
+
+
+def training_texts(records: list[dict], t: Template) -> Iterator[str]:
+    """Every dialogue as the template writes it, so that a word-level tokenizer knows its marks and line breaks too."""
+    for record in records:
+        texts = [turn["value"] for turn in record["conversations"]]
+        yield "".join(texts) if t.style == "PLAIN" else render(t, messages_of(t, texts))

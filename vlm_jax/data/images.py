@@ -139,7 +139,7 @@ def check_exists(source: ImageSource) -> None:
 
 
 def _missing(source: ImageSource) -> str:
-    return f"{source.label} does not exist: check the image folder of the data config"
+    return f"{source.label} does not exist: check its name and the image folder"
 
 
 def _read(source: ImageSource, take):

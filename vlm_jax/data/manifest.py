@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -235,7 +236,7 @@ def load_or_measure(
     manifest = measure(records, layout, max_bad, threads, processes)
     if path is not None and not manifest.count(BAD):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # other hosts may write the same file
         fields = {k: getattr(manifest, k) for k in ("lengths", "views", "checks", "status")}
         with open(partial, "wb") as file:
             np.savez_compressed(file, notes=json.dumps(manifest.notes), **fields)

@@ -1,14 +1,13 @@
 """Tokenizers made from nothing, for models that are trained from nothing: files that `load_tokenizer` and transformers read.
 
     byte_level   BPE over bytes: nothing is unknown
-    word_level   one id per word, number or punctuation mark
+    word_level   one id per word, digit or punctuation mark
 Both have <s>, </s>, <unk>, <pad> as ids 1, 2, 0, 3 and put <s> first, as Llama's does.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Iterable
 
@@ -16,6 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+# a template's mark | a word, with hyphens and apostrophes | a number of a time | a digit | any other mark | white space
+WORD = r" ?\[/?INST\]| ?\p{L}+(?:[-']\p{L}+)*| ?\p{N}{2}(?=:)|(?<=:)\p{N}{2}| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
 
 
 def byte_level(texts: Iterable[str], vocab: int, directory: Path) -> None:
@@ -30,12 +31,15 @@ def byte_level(texts: Iterable[str], vocab: int, directory: Path) -> None:
 
 
 def word_level(texts: Iterable[str], directory: Path) -> None:
-    """Collect the words of `texts`: runs of letters, runs of digits and single marks, each with its leading space if it has one."""
-    words = sorted({" ", "\n"} | {word for text in texts for word in re.findall(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]|_|\s", text)})
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    """Collect the words of `texts`, each with its leading space if it has one (see WORD).
+
+    "top-left" is one word and "06:48:56" five: a number inside a time is one word, in other numbers every digit is.
+    """
+    cut = pre_tokenizers.Split(tokenizers.Regex(WORD), "isolated")
+    words = {word for text in texts for word, _ in cut.pre_tokenize_str(text)}
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words | {" ", "\n"})])}
     made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    pattern = tokenizers.Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]|\s")
-    made.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    made.pre_tokenizer = cut
     made.decoder = decoders.Fuse()
     _write(made, directory)
 

@@ -87,12 +87,12 @@ def published_records(rng: random.Random, watch, image: str) -> list[dict]:
 
 
 def rounds_records(rng: random.Random, watch, image: str, wordings: int = 10) -> list[dict]:
-    """One record that asks every attribute once, in the order of `ATTRIBUTES`.
+    """One record that asks every attribute once, in random order, so that any question may come first.
 
     wordings: how many of the published wordings of each question are used (the first ones).
     """
     turns = []
-    for attribute in ATTRIBUTES:
+    for attribute in rng.sample(ATTRIBUTES, len(ATTRIBUTES)):
         questions = templates()[_kind(attribute)][attribute][:wordings]
         turns += _turns(rng.choice(questions), answer(watch, attribute))
     turns[0]["value"] = IMAGE + turns[0]["value"]

@@ -231,9 +231,7 @@ def _settings(directory: Path) -> dict:
     merged = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            document = _parsed(
-                directory / name, lambda: json.loads((directory / name).read_text(encoding="utf-8"))
-            )
+            document = _object(directory / name)
             merged.update({key: value for key, value in document.items() if value is not None})
     return merged
 
@@ -246,10 +244,14 @@ def _added_tokens(directory: Path, settings: dict) -> list[AddedToken]:
     """Tokens of added_tokens.json {text: id}, then of tokenizer_config's added_tokens_decoder {id: {...}}."""
     tokens = {}
     if (directory / "added_tokens.json").is_file():
-        plain = json.loads((directory / "added_tokens.json").read_text(encoding="utf-8"))
-        tokens = {text: AddedToken(text, i) for text, i in plain.items()}
+        tokens = {text: AddedToken(text, i) for text, i in _object(directory / "added_tokens.json").items()}
     for i, t in settings.get("added_tokens_decoder", {}).items():
         tokens[t["content"]] = AddedToken(
             t["content"], int(i), t.get("special", True), t.get("lstrip", False), t.get("rstrip", False)
         )
     return list(tokens.values())
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object in a file."""
+    return _parsed(file, lambda: dict(json.loads(file.read_text(encoding="utf-8"))))

@@ -27,7 +27,7 @@ def smartwatch(answer: Answer, data: Path, limit: int = 0, history: str = "true"
 
     Returns accuracy, score, chance and count by attribute (see watch.summarise) and `answers`, one dict per question.
     """
-    one_of("history", history, HISTORIES)
+    one_of("--history", history, HISTORIES)
     records, folder = read_records(data)
     questions = watch.all_questions(records[:limit] if limit else records)
     if not questions:
@@ -61,7 +61,7 @@ def ask(answer: Answer, questions: Sequence[watch.Question], folder: Path, histo
 
 
 def _query(question: watch.Question, turns: Sequence[str], folder: Path) -> Query:
-    return Query((*turns, question.text), (ImageSource(str(folder / question.image), f"of question {question.text!r}"),))
+    return Query((*turns, question.text), (ImageSource(str(folder / question.image), f"question {question.text!r}"),))
 
 
 def read_records(data: Path) -> tuple[list[dict], Path]:
@@ -74,7 +74,16 @@ def read_records(data: Path) -> tuple[list[dict], Path]:
         records = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
+    for number, record in enumerate(records if isinstance(records, list) else [None]):
+        if not _is_dialogue(record):
+            raise UserError(f"{file}: record {number} is no smart-watch record: it needs `image` and `conversations` with text in `value`")
     return records, file.parent / "images"
+
+
+def _is_dialogue(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list) or not isinstance(record.get("image"), str):
+        return False
+    return all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in record["conversations"])
 
 
 def table(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import sys
 from typing import Any, Sequence, TextIO
 
 from vlm_jax.data.images import ImageSource
-from vlm_jax.data.templates import IMAGE_TEXT
+from vlm_jax.data.templates import with_images
 from vlm_jax.generate.decode import Decoding, Generator
 from vlm_jax.generate.load import Loaded, load_model, usual_mesh
 from vlm_jax.generate.rows import Picture
@@ -53,7 +53,7 @@ class Conversation:
 
     def ask(self, text: str, write: Any) -> str:
         """The answer, its pieces given to `write` as they come. ValueError if the template cannot take the message."""
-        said = f"{IMAGE_TEXT}\n" * len(self.waiting) + text
+        said = with_images(text, len(self.waiting))
         pictures = self.pictures + self.waiting
         prompt = self.loaded.prompt([*self.texts, said], pictures)
         answer = ""

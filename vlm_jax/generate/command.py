@@ -48,6 +48,8 @@ def generate(
         raise ConfigError("generate needs either --prompt or --questions")
     if questions and not out:
         raise ConfigError("--questions needs --out, the JSONL file for the answers")
+    if questions and image:
+        raise ConfigError("--image goes with --prompt: the lines of --questions name their images themselves")
     how = Decoding(stop=tuple(stop), **decoding)
     asked = list(read_questions(questions)) if questions else [Question(0, prompt, tuple(image), "--prompt")]
     mesh = usual_mesh()
@@ -84,9 +86,13 @@ def answer(
 def read_questions(path: str) -> Iterator[Question]:
     """Questions of a JSONL file; a broken line raises one sentence naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at marks that JSON text may hold
     except OSError as error:
         raise ConfigError(f"the question file {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the question file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not any(map(str.strip, lines)):
+        raise ConfigError(f"the question file {path} holds no questions")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield question_of(line, f"{path} line {number}")
@@ -101,8 +107,10 @@ def question_of(line: str, where: str) -> Question:
     if not isinstance(raw, dict) or not isinstance(raw.get("text"), str) or "question_id" not in raw:
         raise ConfigError(f"{where} is no question: it needs `question_id` and `text`, and `image` if it is about one")
     images = raw.get("image") or ()
-    images = (images,) if isinstance(images, str) else tuple(images)
-    return Question(raw["question_id"], raw["text"], images, where)
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, (list, tuple)) or not all(isinstance(name, str) for name in images):
+        raise ConfigError(f"{where} has image={raw['image']!r}: it must be a file name or a list of file names")
+    return Question(raw["question_id"], raw["text"], tuple(images), where)
 
 
 def answer_line(question: Question, text: str, model_id: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         self.q = linear(c.width, c.heads * c.head_dim, ("embed", "heads"))
         self.k = linear(c.width, c.kv_heads * c.head_dim, ("embed", "kv_heads"))
         self.v = linear(c.width, c.kv_heads * c.head_dim, ("embed", "kv_heads"))
-        self.o = linear(c.heads * c.head_dim, c.width, ("heads", "embed"), gain=0.5)
+        self.o = linear(c.heads * c.head_dim, c.width, ("heads", "embed"))
 
     def __call__(self, x: jax.Array, ctx: Context, stored: tuple | None) -> tuple[jax.Array, tuple | None]:
         """`stored` = (all keys, all values, layer): this layer's new keys and values are written in place at ctx.index."""
@@ -87,7 +87,7 @@ class SwiGLU(nnx.Module):
     def __init__(self, c: LLMConfig, rngs: nnx.Rngs):
         linear = functools.partial(Linear, rngs=rngs, bias=c.mlp_bias, std=c.init_std)
         self.gate, self.up = linear(c.width, c.mlp, ("embed", "mlp")), linear(c.width, c.mlp, ("embed", "mlp"))
-        self.down = linear(c.mlp, c.width, ("mlp", "embed"), gain=0.5)
+        self.down = linear(c.mlp, c.width, ("mlp", "embed"))
         self.act = c.act
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,8 +112,7 @@ class Head(nnx.Module):
     """Output projection [D, V] to the vocabulary."""
 
     def __init__(self, c: LLMConfig, rngs: nnx.Rngs):
-        std = c.width**-0.5 if c.init_std is None else c.init_std
-        self.kernel = param(rngs, normal(std), (c.width, c.vocab), ("embed", "vocab"))
+        self.kernel = param(rngs, normal(c.init_std), (c.width, c.vocab), ("embed", "vocab"))
 
 
 class Llama(nnx.Module):
@@ -121,7 +120,7 @@ class Llama(nnx.Module):
 
     def __init__(self, c: LLMConfig, rngs: nnx.Rngs):
         self.config = c
-        self.embed = Embedding(c.vocab, c.width, rngs, c.embed_std)
+        self.embed = Embedding(c.vocab, c.width, rngs, c.init_std)
         self.blocks = stack(lambda r: Block(c, r), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.eps, rngs)
         self.head = None if c.tie else Head(c, rngs)

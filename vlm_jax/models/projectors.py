@@ -16,7 +16,7 @@ class Projector(nnx.Module):
         self.act, self.depth = c.act, c.depth
         for i in range(self.depth):
             axes = (None if i == 0 else "embed", "embed" if i == 0 else None)
-            setattr(self, f"layer_{i}", Linear(din if i == 0 else dout, dout, axes, rngs, bias=c.bias, std=c.init_std))
+            setattr(self, f"layer_{i}", Linear(din if i == 0 else dout, dout, axes, rngs, bias=c.bias))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.depth):

@@ -16,7 +16,7 @@ from flax import nnx
 from vlm_jax.config import VisionConfig
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.layers import ACTIVATIONS, LayerNorm, Linear
-from vlm_jax.nn.params import Init, normal, param, scan, stack
+from vlm_jax.nn.params import normal, param, scan, stack
 from vlm_jax.parallel.rules import shard
 
 
@@ -26,7 +26,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         self.heads = c.heads
         self.q, self.k, self.v = (Linear(c.width, c.width, ("embed", "heads"), rngs, bias=True, std=c.init_std) for _ in range(3))
-        self.o = Linear(c.width, c.width, ("heads", "embed"), rngs, bias=True, std=c.init_std, gain=0.5)
+        self.o = Linear(c.width, c.width, ("heads", "embed"), rngs, bias=True, std=c.init_std)
 
     def __call__(self, x: jax.Array, impl: str) -> jax.Array:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
@@ -38,7 +38,7 @@ class MLP(nnx.Module):
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         self.up = Linear(c.width, c.mlp, ("embed", "mlp"), rngs, bias=True, std=c.init_std)
-        self.down = Linear(c.mlp, c.width, ("mlp", "embed"), rngs, bias=True, std=c.init_std, gain=0.5)
+        self.down = Linear(c.mlp, c.width, ("mlp", "embed"), rngs, bias=True, std=c.init_std)
         self.act = c.act
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ class PoolingHead(nnx.Module):
     """SigLIP's attention pooling, stored and never computed."""
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
-        self.probe = param(rngs, normal(c.position_std), (c.width,), (None,))
+        self.probe = param(rngs, normal(c.init_std), (c.width,), (None,))
         self.attn, self.norm, self.mlp = PackedProjection(c.width, rngs), LayerNorm(c.width, c.eps, rngs), MLP(c, rngs)
 
 
@@ -88,7 +88,7 @@ class PatchEmbedding(nnx.Module):
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         size = c.patch_size**2 * 3
-        self.kernel = param(rngs, _patch_init(c), (size, c.width), (None, "embed"))
+        self.kernel = param(rngs, normal(c.init_std), (size, c.width), (None, "embed"))
         self.bias = param(rngs, normal(0.0), (c.width,), ("embed",)) if c.kind == "siglip" else None
         self.patch = c.patch_size
 
@@ -99,24 +99,14 @@ class PatchEmbedding(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
-def _patch_init(c: VisionConfig) -> Init:
-    plain = normal(c.patch_std)
-
-    def zero_mean(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        filters = plain(key, shape, dtype).reshape(-1, 3, shape[1])
-        return (filters - filters.mean(axis=0)).reshape(shape)
-
-    return zero_mean if c.patch_zero_mean else plain
-
-
 class VisionTower(nnx.Module):
     """[N, S, S, 3] -> [N, P, width * len(feature_layers)]."""
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         self.config = c
         self.patch = PatchEmbedding(c, rngs)
-        self.cls = param(rngs, normal(c.position_std), (c.width,), (None,)) if c.kind == "clip" else None
-        self.position = param(rngs, normal(c.position_std), (c.tokens, c.width), (None, "embed"))
+        self.cls = param(rngs, normal(c.init_std), (c.width,), (None,)) if c.kind == "clip" else None
+        self.position = param(rngs, normal(c.init_std), (c.tokens, c.width), (None, "embed"))
         self.pre_norm = LayerNorm(c.width, c.eps, rngs) if c.kind == "clip" else None
         self.blocks = stack(lambda r: Block(c, r), c.used_layers, rngs) if c.used_layers else None
         self.unused = Unused(c, rngs)

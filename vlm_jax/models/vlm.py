@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.config import VLMConfig
+from vlm_jax.models import scratch
 from vlm_jax.models.llama import Cache, Llama
 from vlm_jax.models.merge import merge_images
 from vlm_jax.models.projectors import Projector
@@ -122,6 +123,7 @@ def init(config: VLMConfig, seed: int, dtypes: Mapping[str, str] | None = None) 
 
     def make() -> Params:
         params = split(VLM(config, nnx.Rngs(seed)))[1]
+        params = scratch.draw(params, seed) if config.init == "scratch" else params
         return {path: x.astype(dtypes.get(path, x.dtype)) for path, x in params.items()}
 
     return jax.jit(make, out_shardings=shardings(config))()

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from vlm_jax.config import ConfigError, one_of
 from vlm_jax.parallel import rules
 
 IMPLEMENTATIONS = ("auto", "dense", "chunked", "cudnn", "splash")
@@ -68,13 +69,12 @@ class Mask:
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, impl: str = "auto", scale: float | None = None) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; see the module docstring. scale defaults to H^-1/2."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={impl!r} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
+    one_of("attention", impl, IMPLEMENTATIONS)
     if impl == "auto":
         impl = choose(q, k, mask, jax.default_backend())
     reason = refusal(impl, q, k, mask)
     if reason:
-        raise ValueError(f"attention={impl} cannot compute this mask: {reason}; use attention=auto")
+        raise ConfigError(f"attention={impl} cannot compute this mask: {reason}; use attention=auto")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return {"dense": _dense, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}[impl](q, k, v, mask, scale)
 

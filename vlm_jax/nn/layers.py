@@ -27,15 +27,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b): [..., in] -> [..., out], computed in the dtype of x. The only place where a kernel is read.
+    """y = x W (+ b): [..., in] -> [..., out], computed in the dtype of x. The only place where a kernel is read."""
 
-    std: of the random start; None is gain / sqrt(in).
-    """
-
-    def __init__(
-        self, din: int, dout: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, *, bias: bool, std: float | None = 0.02, gain: float = 1.0
-    ):
-        self.kernel = param(rngs, normal(gain * din**-0.5 if std is None else std), (din, dout), axes)
+    def __init__(self, din: int, dout: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, *, bias: bool, std: float = 0.02):
+        self.kernel = param(rngs, normal(std), (din, dout), axes)
         self.bias = param(rngs, zeros, (dout,), axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -26,11 +26,12 @@ from vlm_jax.parallel.rules import DEFAULT_RULES, Rules
 def initialise(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Join the other processes, before anything touches a device; arguments win over VLM_JAX_* variables."""
+    """Join the other processes, before anything touches a device; arguments that are given (not None, not negative) win over
+    VLM_JAX_* variables."""
     coordinator = coordinator or os.environ.get("VLM_JAX_COORDINATOR")
     if coordinator:
-        count = processes if processes is not None else _number("VLM_JAX_PROCESSES")
-        index = process if process is not None else _number("VLM_JAX_PROCESS")
+        count = _number("VLM_JAX_PROCESSES") if processes is None or processes < 0 else processes
+        index = _number("VLM_JAX_PROCESS") if process is None or process < 0 else process
         jax.distributed.initialize(coordinator, count, index)
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or _on_tpu_host():
         jax.distributed.initialize()
@@ -41,7 +42,7 @@ def _number(name: str) -> int:
     if not value.isdigit():
         raise ConfigError(
             f"{name}={value!r} must be a number when a coordinator is given: "
-            "set VLM_JAX_PROCESSES and VLM_JAX_PROCESS"
+            "set VLM_JAX_PROCESSES and VLM_JAX_PROCESS, or --process_count and --process_id"
         )
     return int(value)
 

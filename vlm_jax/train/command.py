@@ -35,7 +35,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
     """Train, or go on with, the run in recipe.output; writes its export at the end."""
     run = Path(recipe.output)
     if recipe.data.generated_watches:
-        recipe = with_generated_data(recipe, run / "data")
+        recipe = with_generated_data(recipe, run / "data", progress)
     tokenizer = open_tokenizer(recipe)
     model, source = open_weights(recipe, tokenizer)
     recipe = dataclasses.replace(recipe, model=model)
@@ -55,11 +55,11 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
     return result
 
 
-def with_generated_data(recipe: Recipe, folder: Path) -> Recipe:
+def with_generated_data(recipe: Recipe, folder: Path, progress: bool = False) -> Recipe:
     """The recipe over smart-watch images drawn into `folder` by the first process, with a tokenizer made from their text."""
     d = recipe.data
     if hosts.is_first():
-        make_watch_data(folder, d.generated_watches, d.generated_task, d.template, recipe.model.llm.vocab, d.seed)
+        make_watch_data(folder, d, recipe.model.llm.vocab, progress)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

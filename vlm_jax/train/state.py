@@ -121,7 +121,8 @@ def create(model: VLMConfig, config: TrainConfig, source: LeafSource | None = No
     """A sharded state at step 0: parameters from `source` where it has them, the rest random."""
     goal = abstract(model, config)
     from_source = [path for path in goal.params if source is not None and path in source]
-    params = initialiser(model, config, set(goal.params) - set(from_source))()
+    missing = set(goal.params) - set(from_source)
+    params = initialiser(model, config, missing)() if missing else {}
     params |= {path: _place(source, path, goal.params[path]) for path in from_source}
     return assemble(model, config, params)
 

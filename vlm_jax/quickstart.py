@@ -1,0 +1,89 @@
+"""`python -m vlm_jax quickstart`: a vision-language model from nothing, start to end.
+
+    draw watches -> train -> ask about held-out watches -> summary.json, loss.png, report.html beside the run's checkpoints and export
+Typed again it goes on where it stopped; a finished part is not done twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vlm_jax import recipe as recipes
+from vlm_jax.config import UserError
+from vlm_jax.data.smartwatch_files import WatchSet, generate
+from vlm_jax.evaluate import report
+from vlm_jax.evaluate.query import Model
+from vlm_jax.evaluate.smartwatch import smartwatch, table
+from vlm_jax.generate.load import load_model
+from vlm_jax.models import vlm
+from vlm_jax.recipe import Recipe
+from vlm_jax.train import metrics
+from vlm_jax.train.command import run_recipe
+from vlm_jax.train.export import EXPORT
+
+HELD_OUT = 200  # watches that training never sees
+BATCH = 64  # questions answered at once
+STARTED = "VLM_JAX_STARTED"  # set by launch/quickstart.sh before it installs anything: seconds since 1970
+
+
+def quickstart(out: str = "", config: Any = None) -> int:
+    """Run the recipe (default: configs/quickstart.py) in folder `out` and print scores and where the report is."""
+    started = float(os.environ.get(STARTED) or time.time())
+    recipe = recipes.from_config(config)
+    if not recipe.data.generated_watches:
+        raise UserError("quickstart draws its own data: set config.data.generated_watches")
+    folder = Path(out or recipe.output)
+    recipe = dataclasses.replace(recipe, output=str(folder))
+    held_out = min(HELD_OUT, recipe.data.generated_watches)
+    test = generate(folder / "held_out", WatchSet(held_out, recipe.data.seed + 1), progress=False).parent
+    result = run_recipe(recipe)
+    if result.status == "stopped":
+        return 0
+    lines = metrics.read_metrics(folder)
+    answered = ask(folder, test)
+    summary = summarise(recipe, folder, lines, answered, started)
+    report.write_summary(folder / "summary.json", summary)
+    report.draw_curves(lines, folder / "loss.png")
+    report.write_page(folder / "report.html", summary, answered["answers"], test / "images", folder / "loss.png")
+    print(f"\n{table(answered)}\n\n{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training")
+    print(f"report: {(folder / 'report.html').resolve()}")
+    return 0
+
+
+def ask(folder: Path, test: Path) -> dict[str, Any]:
+    """Every question about the held-out watches, answered by the exported model; the model's own answers are the dialogue so far."""
+    loaded = load_model(folder / EXPORT, dtype="float32")
+    model = Model(loaded, loaded.generator(dtype="float32", batch_size=BATCH))
+    reference = json.loads((folder / "data" / "train.json").read_text(encoding="utf-8"))
+    return smartwatch(model, test, history="own", reference=reference)
+
+
+def summarise(recipe: Recipe, folder: Path, lines: list[dict[str, Any]], answered: dict[str, Any], started: float) -> dict[str, Any]:
+    """What summary.json holds; see the README for its keys."""
+    windows = [line for line in lines if "tokens_per_second" in line]
+    slots = sum(line["slots"] for line in lines)
+    saved = recipes.load(folder / "config.json")
+    training = sum(w["seconds_per_step"] * (w["step"] - before) for w, before in zip(windows, [0, *(w["step"] for w in windows)]))
+    return {
+        "seconds": time.time() - started,
+        "training_seconds": training,
+        "steps": lines[-1]["step"],
+        "parameters": vlm.count(saved.model),
+        "tokens_per_second": slots / training if training else math.nan,
+        "data_stall": sum(w["data_stall"] for w in windows) / max(len(windows), 1),
+        "loss": lines[-1]["loss"],
+        "held_out_watches": answered["count"].get("weather", 0),
+        **{key: answered[key] for key in ("accuracy", "score", "chance", "count")},
+        "machine": {"devices": [d.device_kind for d in jax.devices()], "cpus": os.cpu_count(), "processor": platform.machine()},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "recipe": {"train": dataclasses.asdict(recipe.train), "watches": recipe.data.generated_watches},
+    }
