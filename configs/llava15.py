@@ -66,7 +66,8 @@ def get_config(words: str = ""):
         train = dataclasses.replace(train, global_batch=256 if first else 128)
     if "compat" in chosen:
         data = dataclasses.replace(data, compat="llava")
-        train = dataclasses.replace(train, compat=Compat(loss_normalisation="per_microbatch", zero_first_lr=True))
+        share = 8 if "unpacked" in chosen else 1  # they average the means of 8 GPUs; a packed batch is too small for that
+        train = dataclasses.replace(train, accum=share, compat=Compat(loss_normalisation="per_microbatch", zero_first_lr=True))
     recipe = Recipe(
         # --image_aspect_ratio: stage 1 leaves the default (square), stage 2 says pad
         model=VLMConfig(llm=SIZES[chosen["size"]], aspect="square" if first else "pad"),

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import recipe as recipes
-from vlm_jax.config import ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig, from_dict, to_dict
+from vlm_jax.__main__ import parse
+from vlm_jax.config import ACTIVATIONS, ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig, from_dict, to_dict
 from vlm_jax.models import vlm
+from vlm_jax.nn import layers
 from vlm_jax.train.state import select
 from vlm_jax.words import read_words
 
@@ -58,11 +60,24 @@ def test_dataclass_round_trip():
         ({"llm": {"heads": 6, "kv_heads": 4}}, "not a multiple of llm.kv_heads"),
         ({"merge": "spatial_unpad"}, "set model.image_newline=True"),
         ({"aspect": "anyres"}, "needs model.pinpoints"),
+        ({"vision": {"feature_layers": []}}, "vision.feature_layers is empty"),
+        ({"vision": {"patch_size": 0}}, "vision.patch_size=0 must be at least 1"),
+        ({"llm": {"act": "tanh"}}, "llm.act='tanh' is unknown"),
+        ({"projector": {"act": "tanh"}}, "projector.act='tanh' is unknown"),
     ],
 )
 def test_what_is_wrong_is_named(values, sentence):
     with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")):
         from_dict(VLMConfig, values)
+
+
+def test_every_named_activation_is_computed():
+    assert set(layers.ACTIVATIONS) == set(ACTIVATIONS)
+
+
+def test_overrides_reach_a_config_wherever_the_arguments_come_from():
+    values = parse("train", ["--config", "configs/llava15.py:7b,smoke", "--config.train.lr=0.5"])  # not sys.argv
+    assert recipes.from_config(values["config"]).train.lr == 0.5
 
 
 def test_projector_depth():
@@ -97,6 +112,7 @@ def test_llava15_hyperparameters_are_the_published_ones(words):
     assert recipe.model.aspect == ("square" if first else "pad") and recipe.data.template == ("plain" if first else "v1")
     if "unpacked" in words:
         assert t.global_batch == (256 if first else 128) and recipe.data.max_samples == 1 and recipe.data.row_length == 2048
+        assert t.global_batch // t.accum == (32 if first else 16) if "compat" in words else t.accum == 1  # per device
     chosen = select(t.trainable, vlm.shapes(recipe.model))
     assert {p.split("/")[0] for p in chosen} == ({"projector"} if first else {"projector", "llm"})
 

@@ -8,12 +8,13 @@ from PIL import Image
 
 from tests import tiny_model
 from vlm_jax.__main__ import main, parse
-from vlm_jax.data import smartwatch_text
+from vlm_jax.convert.read import model_directory
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.data.smartwatch_files import WatchSet, draw_all
 from vlm_jax.data.smartwatch_files import generate as draw
 from vlm_jax.evaluate import smartwatch
-from vlm_jax.generate.command import generate
-from vlm_jax.generate.load import load_model, model_directory, template_for
+from vlm_jax.generate.command import generate, read_questions
+from vlm_jax.generate.load import load_model, template_for
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.parallel.mesh_config import MeshConfig
 
@@ -79,6 +80,7 @@ def test_sampled_answers_do_not_depend_on_the_order_of_the_file(model, questions
     [
         ('{"question_id": 1', "line 2 is not JSON"),
         ('{"question_id": 1, "image": "0.png"}', "line 2 is no question"),
+        ('{"question_id": 1, "text": "What?", "image": [5]}', "line 2 has image=.5.: it must be a file name"),
         ('{"question_id": 1, "text": "What?", "image": "gone.png"}', "gone.png.*line 2.*does not exist"),
     ],
 )
@@ -94,6 +96,7 @@ def test_broken_questions_are_named(model, questions, line, words):
     [
         ([], "--prompt or --questions"),
         (["--questions", "x.jsonl"], "needs --out"),
+        (["--questions", "x.jsonl", "--out", "y.jsonl", "--image", "a.png"], "--image goes with --prompt"),
         (["--questions", "gone.jsonl", "--out", "x.jsonl"], "gone.jsonl cannot be read"),
         (["--prompt", "What?", "--template", "v9"], "template 'v9'"),
         (["--prompt", "What?", "--top_p", "0"], "top_p"),
@@ -105,7 +108,18 @@ def test_wrong_flags(model, flags, words):
         generate(**parse("generate", ["--model", str(model), *flags]))
 
 
+def test_question_files_that_hold_nothing_or_no_text(tmp_path):
+    for content, words in ((b"\n \n", "holds no questions"), (b"\xff\xfe", "not UTF-8")):
+        (tmp_path / "q.jsonl").write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            list(read_questions(str(tmp_path / "q.jsonl")))
+    text = "a\u2028b\u0085c"  # line ends for str.splitlines, plain text for JSON
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [q.text for q in read_questions(str(tmp_path / "q.jsonl"))] == [text]
+
+
 def test_a_run_directory_means_its_export(model, tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {}, "train": {}}')  # the recipe of the run
     (tmp_path / "export").symlink_to(model)
     assert load_model(tmp_path).config == load_model(model).config
     (tmp_path / "export").unlink()
@@ -145,6 +159,21 @@ def test_smartwatch(model, watches):
     assert len(result["answers"]) == 10 and all(a["truth"] and not a["question"].startswith("<image>") for a in result["answers"])
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"image": "a.png", "conversations": [{"from": "human"}]}]', '[{"conversations": []}]'])
+def test_records_that_are_none_are_named(tmp_path, content):
+    (tmp_path / "records.json").write_text(content)
+    with pytest.raises(UserError, match="records.json: record 0 is no smart-watch record"):
+        smartwatch.read_records(tmp_path)
+
+
+def test_an_output_that_cannot_be_written_ends_in_one_sentence(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "q.jsonl").write_text('{"question_id": 0, "text": "What?"}')
+    arguments = ["--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "file" / "x.jsonl"), "--max_new_tokens", "2"]
+    assert main(["generate", "--model", str(model), *arguments]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"vlm_jax: {tmp_path / 'file'}: File exists"]
+
+
 class Oracle:
     """Answers every query with a made-up word, or the truth, and remembers what it was asked."""
 
@@ -168,7 +197,8 @@ def test_history_of_a_dialogue(watches, history):
             truths[key] = truth
     oracle = Oracle(said)
     result = smartwatch.smartwatch(oracle, watches, history=history)
-    assert result["accuracy"]["weather"] == 1 and result["score"]["time"] == 1 and result["accuracy"][smartwatch_text.ATTRIBUTES[1]] == 0
+    wrong = {a["attribute"] for a in result["answers"] if not a["right"]}
+    assert wrong == {name.removesuffix("_exact") for name, value in result["accuracy"].items() if value < 1}
     assert [a["right"] for a in result["answers"]] == [True, False, True, True, True] * 3
     longest = max(oracle.asked, key=lambda query: len(query.texts))
     if history == "none":

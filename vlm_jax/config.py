@@ -15,8 +15,14 @@ from typing import Any, Mapping
 IMAGE = -200  # stands in `Sample.tokens` where an image is (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # label that carries no loss
 
+ATTENTIONS = ("auto", "dense", "chunked", "cudnn", "splash")  # implementations in nn.attention
+REMATS = ("none", "full", "linears", "attention")  # what is kept for the backward pass, see models.llama
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "silu")  # what `nn.layers` computes
 
 
 class UserError(ValueError):
@@ -31,6 +37,13 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError naming `key` unless `value` is among `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{key}={value!r} is unknown: use one of {', '.join(allowed)}")
+
+
+def at_least_one(part: str, config: Any, keys: tuple[str, ...]) -> None:
+    """Raise ConfigError naming the key under `part` that is not positive."""
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{part}.{key}={getattr(config, key)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +72,10 @@ class VisionConfig:
 
     def __post_init__(self):
         one_of("vision.kind", self.kind, ("clip", "siglip"))
+        one_of("vision.act", self.act, ACTIVATIONS)
+        at_least_one("vision", self, ("image_size", "patch_size", "width", "layers", "heads", "mlp"))
+        if not self.feature_layers:
+            raise ConfigError("vision.feature_layers is empty: name at least one hidden state, e.g. (-2,)")
         one_of("vision.select", self.select, ("patch", "full"))
         if self.kind == "siglip" and self.select == "patch":
             raise ConfigError("vision.select=patch drops the first token, but SigLIP has no class token: use vision.select=full")
@@ -109,6 +126,7 @@ class ProjectorConfig:
 
     def __post_init__(self):
         self.depth  # raises on an unknown kind
+        one_of("projector.act", self.act, ACTIVATIONS)
 
     @property
     def depth(self) -> int:
@@ -161,6 +179,8 @@ class LLMConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        one_of("llm.act", self.act, ACTIVATIONS)
+        at_least_one("llm", self, ("vocab", "width", "mlp", "layers", "heads", "kv_heads", "head_dim", "max_position"))
         if self.heads % self.kv_heads:
             raise ConfigError(f"llm.heads={self.heads} is not a multiple of llm.kv_heads={self.kv_heads}")
         if self.head_dim % 2:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_jax.nn import attention as module
-from vlm_jax.nn.attention import IMPLEMENTATIONS, Mask, attention, choose, refusal
+from vlm_jax.config import ATTENTIONS
+from vlm_jax.nn.attention import Mask, attention, choose, refusal
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -125,7 +126,7 @@ def test_a_row_without_keys_is_finite():
     assert np.isfinite(np.asarray(out)).all()
 
 
-@pytest.mark.parametrize("impl", [i for i in IMPLEMENTATIONS if i not in ("auto", "dense")])
+@pytest.mark.parametrize("impl", [i for i in ATTENTIONS if i not in ("auto", "dense")])
 def test_what_cannot_be_honoured_raises(impl):
     q, k, v = qkv(slots=24)
     with pytest.raises(ValueError, match=f"attention={impl} cannot compute this mask"):

@@ -1,14 +1,14 @@
 """Contract 10, images: every broken file gives one sentence; a run skips and counts them up to a limit."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.tiny_data import ANYRES, TINY, encode, make_records, write_images
-from vlm_jax.config import ConfigError
-from vlm_jax.data.images import ImageError, ImageSource, Preprocess, image_size, load_views, read_processor
+from vlm_jax.config import VisionConfig
+from vlm_jax.convert.processor_files import with_processor
+from vlm_jax.convert.tensors import CheckpointError
+from vlm_jax.data.images import ImageError, ImageSource, Preprocess, image_size, load_views
 from vlm_jax.data.manifest import BAD, DataError
 from vlm_jax.data.pipeline import Batches, Packing, Rows
 
@@ -164,25 +164,16 @@ def test_records_that_change_under_a_run_are_noticed(tmp_path):
     "change, words",
     [
         ({"resample": 2}, "resample=2"),
-        ({"crop_size": 20}, "crops to 20"),
-        ({"size": {"height": 3, "width": 4}}, "square"),
+        ({"crop_size": 20}, "crop_size=20"),
+        ({"size": {"height": 3, "width": 4}}, "size=.*28 x 28 pixels"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"do_center_crop": False}, "do_center_crop=False"),
+        ({"image_mean": [0.5]}, "three numbers"),
     ],
 )
-def test_a_processor_that_we_do_not_compute_is_refused(tmp_path, change, words):
-    known = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": 28,
-        "crop_size": 28,
-        "do_center_crop": True,
-    }
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps(known))
-    assert read_processor(tmp_path) == Preprocess(28, "square")
-    path.write_text(json.dumps(known | change))
-    with pytest.raises(ConfigError, match=words) as error:
-        read_processor(tmp_path)
-    assert str(path) in str(error.value)
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        read_processor(tmp_path)
+def test_a_processor_that_we_do_not_compute_is_refused(change, words):
+    vision = VisionConfig(image_size=28, width=8, heads=2)
+    known = {"size": {"shortest_edge": 28, "longest_edge": None}, "crop_size": 28, "do_center_crop": True}
+    assert with_processor(vision, known, "x.json") == vision == with_processor(vision, None, "x.json")
+    with pytest.raises(CheckpointError, match=f"x.json has .*{words}"):
+        with_processor(vision, known | change, "x.json")

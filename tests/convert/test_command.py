@@ -19,6 +19,7 @@ from vlm_jax.convert.command import convert, convert_model, parse_size
 from vlm_jax.convert.files import write_json
 from vlm_jax.convert.llava_config import vlm_to_llava
 from vlm_jax.convert.names import NAMINGS
+from vlm_jax.convert.processor_files import START_END
 from vlm_jax.convert.read import load, open_checkpoint
 from vlm_jax.convert.tensors import CheckpointError
 from vlm_jax.convert.write import export, export_projector
@@ -98,6 +99,30 @@ def test_original_llava_through_hf_and_back(tmp_path):
     again = open_checkpoint(tmp_path / "again")
     assert again.raw == first.raw
     assert_same(again, params)
+
+
+def test_how_dialogues_are_written_survives_every_format(tmp_path):
+    export(tmp_path / "hf", TINY, random_params(TINY), chat_template="{# vlm_jax: mpt #}")
+    for there, back in (("llava", "hf"), ("hf_5", "hf")):
+        convert_model(tmp_path / "hf", tmp_path / there, names=there)
+        convert_model(tmp_path / there, tmp_path / f"{there}_back", names=back)
+        assert (tmp_path / f"{there}_back" / "chat_template.jinja").read_text() == "{# vlm_jax: mpt #}"
+    export(tmp_path / "tags", TINY, random_params(TINY), names="llava")
+    raw = json.loads((tmp_path / "tags" / "config.json").read_text())
+    write_json(tmp_path / "tags" / "config.json", raw | {"mm_use_im_start_end": True})
+    convert_model(tmp_path / "tags", tmp_path / "tags_hf")
+    assert START_END in (tmp_path / "tags_hf" / "chat_template.jinja").read_text()
+    convert_model(tmp_path / "tags_hf", tmp_path / "tags_back", names="llava")
+    assert json.loads((tmp_path / "tags_back" / "config.json").read_text())["mm_use_im_start_end"] is True
+
+
+def test_another_tower_gets_its_own_image_processor(tmp_path):
+    export(tmp_path / "x", TINY, random_params(TINY))
+    other = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, mean=(0.1, 0.2, 0.3)))
+    vision = tower_directory(tmp_path / "tower", other)
+    write_json(vision / "preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3]})
+    convert_model(tmp_path / "x", tmp_path / "y", vision=vision)
+    assert open_checkpoint(tmp_path / "y").config.vision.mean == (0.1, 0.2, 0.3)
 
 
 @pytest.mark.parametrize("tower", [CLIP, SIGLIP])
@@ -218,7 +243,7 @@ def test_the_command(tmp_path, capsys):
     assert convert(**{"from": str(tmp_path / "y"), "to": str(tmp_path / "mm_projector.bin")}) == 0
     assert len(torch_pickle.read_tensors(tmp_path / "mm_projector.bin")) == 4
     (tmp_path / "run" / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="run is a training run without an export"):
+    with pytest.raises(CheckpointError, match="run is a training run without an export: write one with python -m vlm_jax convert"):
         convert_model(tmp_path / "run", tmp_path / "z")
     shutil.copytree(tmp_path / "x", tmp_path / "run" / "export")
     convert_model(tmp_path / "run", tmp_path / "z")

@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 
 from tests.goldens import SHARED, cases
-from vlm_jax.data.images import ImageSource, Preprocess, content_box, load_views, normalise
+from vlm_jax.config import SIGLIP_MEAN, SIGLIP_STD, VisionConfig, VLMConfig
+from vlm_jax.convert.processor_files import preprocessor_config, with_processor
+from vlm_jax.data.images import ImageSource, Preprocess, content_box, load_views
 from vlm_jax.models.slots import select_best_resolution, unpad_box
 
 PIXELS = cases("llava", "images/pixel_values*.npz") or sorted(
     (SHARED / "goldens/llava/images").glob("pixel_values*.npz")
 )
 GEOMETRY = cases("llava", "anyres_geometry*.json")
+
+
+def normalise(views, mean, std):
+    """uint8 [..., 3] -> float32 [..., 3] in HF's order: x * (1/255) in float64, cast, (x - mean) / std."""
+    return ((views * (1 / 255)).astype(np.float32) - np.float32(mean)) / np.float32(std)
 
 
 def parts(x):
@@ -83,25 +90,24 @@ def test_anyres_geometry(path):
 
 @pytest.mark.parity
 def test_processors_of_transformers_give_the_same_pixels(tmp_path):
-    """What `processor_dict` writes, loaded by transformers, is bit-equal to what we compute ourselves."""
+    """What an export writes, loaded by transformers, is bit-equal to what we compute ourselves."""
     from PIL import Image
-
-    from vlm_jax.data.images import processor_dict, read_processor
 
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(0)
-    hows = [
-        Preprocess(56, "square"),
-        Preprocess(56, "pad"),
-        Preprocess(56, "square", "squash", (0.5,) * 3, (0.5,) * 3),
-    ]
-    for number, how in enumerate(hows):
-        folder = tmp_path / str(number)
+    clip = VisionConfig(image_size=56, width=8, heads=2)
+    siglip = VisionConfig("siglip", 56, width=8, heads=2, select="full", mean=SIGLIP_MEAN, std=SIGLIP_STD)
+    configs = [VLMConfig(clip, aspect="square"), VLMConfig(clip, aspect="pad")]
+    configs += [VLMConfig(siglip, aspect="square"), VLMConfig(siglip, aspect="pad")]
+    for number, config in enumerate(configs):
+        folder, how = tmp_path / str(number), Preprocess.of(config)
         folder.mkdir()
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor_dict(how)))
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(config)))
         processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         processor.save_pretrained(folder / "again")
-        assert read_processor(folder) == how == read_processor(folder / "again")
+        for place in (folder, folder / "again"):
+            written = json.loads((place / "preprocessor_config.json").read_text())
+            assert with_processor(config.vision, written, "x") == config.vision
         for width, height in rng.integers(3, 200, (6, 2)):
             image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
             theirs = processor(image, return_tensors="np")["pixel_values"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vlm_jax.convert.read import Checkpoint, open_checkpoint
+from vlm_jax.convert.read import Checkpoint, model_directory, open_checkpoint
 from vlm_jax.convert.tensors import DTYPES, CheckpointError
 from vlm_jax.convert.write import export, export_projector
 
@@ -58,15 +58,13 @@ def convert_model(
     Parts given apart replace those of `source`; `tower` is what an original config.json names as
     mm_vision_tower. Returns the checkpoint that was read; errors are CheckpointError, one sentence each.
     """
-    source = _model_directory(Path(source))
+    source = model_directory(source)
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(
             f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another "
             "directory"
         )
-    dtype = LONG_NAMES.get(dtype, dtype)
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"--dtype={dtype} is unknown: use {', '.join(LONG_NAMES)}")
+    dtype = parse_dtype(dtype)
     checkpoint = open_checkpoint(source, vision=vision, llm=llm, projector=projector)
     if Path(target).suffix == ".bin":
         export_projector(target, checkpoint.config, checkpoint.leaves, dtype)
@@ -93,16 +91,12 @@ def convert_model(
     return checkpoint
 
 
-def _model_directory(source: Path) -> Path:
-    """`source` itself, or the export of a training run."""
-    if (source / "config.json").is_file() or not (source / "checkpoints").is_dir():
-        return source
-    if (source / "export" / "config.json").is_file():
-        return source / "export"
-    raise CheckpointError(
-        f"{source} is a training run without an export: start it again with the same config, a finished run "
-        "writes one"
-    )
+def parse_dtype(text: str | None) -> str | None:
+    """Short name of `bfloat16` or `bf16`; None where nothing was asked for."""
+    dtype = LONG_NAMES.get(text, text) or None
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"--dtype={text} is unknown: use {', '.join(LONG_NAMES)}")
+    return dtype
 
 
 def parse_size(text: str | int) -> int:

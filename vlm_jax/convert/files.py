@@ -17,26 +17,33 @@ from vlm_jax.convert.tensors import CheckpointError
 
 
 @contextlib.contextmanager
-def staging(directory: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into; on success its files replace those of `directory`, on failure nothing there
-    changes.
-
-    An OSError (disk full, no permission) becomes one CheckpointError that names the directory. Weight files
-    of an earlier export that the new one does not hold (other shards, other format) are removed, so that no
-    reader mixes the two.
-    """
-    target = Path(directory)
-    existed = target.is_dir()
-    stage = target / f".partial-{os.getpid()}"
+def _or_nothing(target: Path) -> Iterator[None]:
+    """An OSError (disk full, no permission) becomes one CheckpointError that names `target`."""
     try:
-        stage.mkdir(parents=True)
-        yield stage
-        _install(stage, target)
+        yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
             f"{target} could not be written ({reason}): nothing that was there before has changed"
         ) from error
+
+
+@contextlib.contextmanager
+def staging(directory: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write into; on success its files replace those of `directory`, on failure nothing there
+    changes.
+
+    Weight files of an earlier export that the new one does not hold (other shards, other format) are removed,
+    so that no reader mixes the two.
+    """
+    target = Path(directory)
+    existed = target.is_dir()
+    stage = target / f".partial-{os.getpid()}"
+    try:
+        with _or_nothing(target):
+            stage.mkdir(parents=True)
+            yield stage
+            _install(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if not existed and target.is_dir() and not any(target.iterdir()):
@@ -71,16 +78,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(
-            f"{target} could not be written ({reason}): nothing that was there before has changed"
-        ) from error
+        with _or_nothing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, target)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may not even exist
+            partial.unlink()
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

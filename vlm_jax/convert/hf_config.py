@@ -15,6 +15,7 @@ from typing import Any, Mapping
 from vlm_jax.config import (
     SIGLIP_MEAN, SIGLIP_STD, ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig,
 )  # fmt: skip
+from vlm_jax.convert.processor_files import with_processor
 from vlm_jax.convert.tensors import CheckpointError
 
 Raw = Mapping[str, Any]
@@ -86,7 +87,7 @@ def vlm_from_hf(raw: Raw, where: str, processor: Raw | None = None) -> VLMConfig
         bool(raw.get("multimodal_projector_bias", True)),
     )
     aspect = "pad" if (processor or {}).get("do_pad") else "square"
-    return VLMConfig(with_statistics(vision, processor), projector, with_tie, aspect=aspect)
+    return VLMConfig(with_processor(vision, processor, f"the image processor beside {where}"), projector, with_tie, aspect=aspect)
 
 
 def vision_from_hf(
@@ -122,13 +123,6 @@ def vision_from_hf(
             init_std=float(get["initializer_range"]), **statistics,
         ),
     )  # fmt: skip
-
-
-def with_statistics(vision: VisionConfig, processor: Raw | None) -> VisionConfig:
-    """The tower with the mean and deviation of a preprocessor_config.json."""
-    if not processor or not processor.get("image_mean") or not processor.get("image_std"):
-        return vision
-    return dataclasses.replace(vision, mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]))
 
 
 def llm_from_hf(raw: Raw, where: str) -> LLMConfig:

@@ -22,8 +22,8 @@ from vlm_jax.convert.hf_config import (
     llm_to_hf,
     vision_from_hf,
     vision_to_hf,
-    with_statistics,
 )
+from vlm_jax.convert.processor_files import with_processor
 from vlm_jax.convert.tensors import CheckpointError
 
 KNOWN_TOWERS = {
@@ -130,13 +130,14 @@ def read_vision_directory(directory: Path) -> VisionConfig:
     siglip = "siglip" in str(raw.get("model_type", ""))
     vision = vision_from_hf(raw, str(directory / "config.json"), select="full" if siglip else "patch")
     processor = directory / "preprocessor_config.json"
-    return with_statistics(vision, read_json(processor) if processor.is_file() else None)
+    return with_processor(vision, read_json(processor) if processor.is_file() else None, str(processor))
 
 
 def vlm_to_llava(
-    config: VLMConfig, tokens: Raw, dtype: str, tower: str | None, max_length: int | None = None
+    config: VLMConfig, tokens: Raw, dtype: str, tower: str | None, start_end: bool = False
 ) -> dict[str, Any]:
-    """An original LLaVA config.json; `tower` (a Hub name or a directory) goes to mm_vision_tower.
+    """An original LLaVA config.json; `tower` (a Hub name or a directory) goes to mm_vision_tower; `start_end`: `<im_start>`
+    and `<im_end>` stand around images.
 
     Without it the name is that of the known tower with these sizes; a tower that has none is described under
     `vision_config`.
@@ -164,11 +165,11 @@ def vlm_to_llava(
         "mm_patch_merge_type": config.merge,
         "mm_projector_type": config.projector.kind,
         "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
+        "mm_use_im_start_end": start_end,
         "mm_vision_select_feature": "patch" if config.vision.select == "patch" else "cls_patch",
         "mm_vision_select_layer": config.vision.feature_layers[0],
         "mm_vision_tower": named,
-        "tokenizer_model_max_length": max_length or config.llm.max_position,
+        "tokenizer_model_max_length": config.llm.max_position,
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
         **({} if named else {"vision_config": vision_to_hf(config.vision)}),

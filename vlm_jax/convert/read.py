@@ -143,6 +143,24 @@ def load(checkpoint: Checkpoint, place: Place, paths: Iterable[str] | None = Non
     }
 
 
+def model_directory(directory: str | os.PathLike) -> Path:
+    """`directory` itself, or the export of the training run that it is (whose own config.json is a recipe)."""
+    directory = Path(directory)
+    own = directory / "config.json"
+    if own.is_file() and read_json(own).keys() & {"model_type", "mm_vision_tower"}:
+        return directory
+    if (directory / "export" / "config.json").is_file():
+        return directory / "export"
+    if (directory / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{directory} is a training run without an export: write one with "
+            f"python -m vlm_jax convert --from {directory} --to {directory / 'export'}"
+        )
+    if not own.is_file():
+        raise CheckpointError(f"{directory} is no model directory: it has no config.json")
+    return directory
+
+
 def kind_of(raw: Mapping[str, Any], directory: Path) -> str:
     """llava_hf, llava or llm, from a config.json; anything else raises."""
     model = str(raw.get("model_type", ""))
@@ -153,6 +171,8 @@ def kind_of(raw: Mapping[str, Any], directory: Path) -> str:
     if model in ("llama", "mistral"):
         return "llm"
     hint = ": give it with --vision beside a language model" if "clip" in model or "siglip" in model else ""
+    if (directory / "export" / "config.json").is_file():
+        hint = f": it is of a training run, whose model is {directory / 'export'}"
     raise CheckpointError(
         f"{directory / 'config.json'} is of model_type {model!r}, not a LLaVA model, Llama or Mistral{hint}"
     )

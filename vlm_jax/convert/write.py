@@ -27,7 +27,7 @@ from vlm_jax.convert.files import staging, write_json
 from vlm_jax.convert.hf_config import vlm_to_hf
 from vlm_jax.convert.llava_config import vlm_to_llava
 from vlm_jax.convert.names import Entry
-from vlm_jax.convert.processor_files import CHAT_TEMPLATE, preprocessor_config, processor_config
+from vlm_jax.convert.processor_files import CHAT_TEMPLATE, START_END, preprocessor_config, processor_config
 from vlm_jax.convert.read import Checkpoint
 from vlm_jax.convert.shards import Planned, write_directory
 from vlm_jax.convert.tensors import (
@@ -90,7 +90,7 @@ def export(
         extra = _tokenizer(names, tokenizer, source)
         stored = TORCH_NAMES[DTYPES[dtype] if dtype else _main_dtype(leaves)]
         if names == "llava":
-            config_json = vlm_to_llava(config, tokens, stored, tower)
+            config_json = vlm_to_llava(config, tokens, stored, tower, _start_end(source))
         else:
             if image_token is None:
                 image_token = extra.image_token if extra else source.image_token if source else None
@@ -277,11 +277,15 @@ def _write_files(
     for name in sorted(copied):
         if (origin / name).is_file():
             shutil.copyfile(origin / name, stage / name)
-    for name in ("generation_config.json", *PROCESSOR) if same_family else ():
+    unchanged = PROCESSOR if source is not None and source.naming else ()  # another tower needs another image processor
+    for name in ("generation_config.json", *unchanged) if same_family else ():
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, stage / name)
     for name, content in (extra.files if extra else {}).items():
         (stage / name).write_bytes(content)
+    chat_template = chat_template or _dialogue(source)
+    if chat_template:  # kept in the original format too: it says how dialogues are written for this model
+        (stage / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     if names == "source":
         return
     if not (stage / "generation_config.json").is_file():
@@ -290,4 +294,17 @@ def _write_files(
         return
     write_json(stage / "preprocessor_config.json", preprocessor_config(config))
     write_json(stage / "processor_config.json", processor_config(config.vision))
-    (stage / "chat_template.jinja").write_text(chat_template or CHAT_TEMPLATE, encoding="utf-8")
+    if not chat_template:
+        made = CHAT_TEMPLATE.replace("<image>", START_END) if _start_end(source) else CHAT_TEMPLATE
+        (stage / "chat_template.jinja").write_text(made, encoding="utf-8")
+
+
+def _start_end(source: Checkpoint | None) -> bool:
+    """Whether the model was trained with tokens around its images."""
+    return source is not None and bool(source.raw.get("mm_use_im_start_end") or START_END in _dialogue(source))
+
+
+def _dialogue(source: Checkpoint | None) -> str:
+    """The chat template beside a checkpoint, empty without one."""
+    file = source.directory / "chat_template.jinja" if source else None
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else ""

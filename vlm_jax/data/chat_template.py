@@ -18,12 +18,13 @@ _CONTENT = (
 )
 
 
-def chat_template(name: str) -> str:
-    """Jinja text for the template called `name`."""
+def chat_template(name: str, start_end: bool = False) -> str:
+    """Jinja text for the template called `name`; start_end: `<im_start>` and `<im_end>` stand around images."""
     t = template(name)
+    content = _CONTENT.replace("<image>", "<im_start><image><im_end>") if start_end else _CONTENT
     system, user, answer, opening = _parts(t)
     body = (
-        f"{{% for m in messages %}}{{% if m['role'] == 'user' %}}{_text(user[0])}{_first_round(t)}{_CONTENT}{_text(user[1])}"
+        f"{{% for m in messages %}}{{% if m['role'] == 'user' %}}{_text(user[0])}{_first_round(t)}{content}{_text(user[1])}"
         f"{{% else %}}{_text(answer[0])}{_CONTENT}{_text(answer[1])}{{% endif %}}{{% endfor %}}"
     )
     return f"{{# vlm_jax: {name} #}}{_text(system)}{body}{{% if add_generation_prompt %}}{_text(opening)}{{% endif %}}"

@@ -5,21 +5,18 @@
     anyres   [whole image squashed to S x S] + S x S tiles of the image padded to a grid V = 1 + tiles
 
 SigLIP squashes to S x S where CLIP resizes the short side and crops. Only Pillow's BICUBIC on uint8 is
-bit-exact. The float steps x/255, -mean, /std run on the device inside the tower; `normalise` is their
-reference.
+bit-exact. The float steps x/255, -mean, /std run on the device inside the tower.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, Mapping
 
 import numpy as np
 from PIL import Image
@@ -27,7 +24,6 @@ from PIL import Image
 from vlm_jax.config import CLIP_MEAN, CLIP_STD, ConfigError, UserError, VLMConfig
 from vlm_jax.models import slots
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 LONGEST_RESIZED = 1 << 16  # thin images that would be blown up to gigabytes are refused: by the crop's resize
 LONGEST_PADDED = 1 << 14  # or by the square canvas
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -184,76 +180,3 @@ def content_box(width: int, height: int, target: tuple[int, int]) -> tuple[int, 
         w, h = min(math.ceil(width * scale_h), target[0]), target[1]
     left, top = (target[0] - w) // 2, (target[1] - h) // 2
     return left, top, left + w, top + h
-
-
-def normalise(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """uint8 [..., 3] -> float32 [..., 3] in HF's order: x * (1/255) in float64, cast, (x - mean) / std."""
-    x = (views * (1 / 255)).astype(np.float32)
-    return (x - np.float32(mean)) / np.float32(std)
-
-
-def processor_dict(how: Preprocess) -> dict[str, Any]:
-    """Content of an HF preprocessor_config.json that computes the same pixels."""
-    square = {"height": how.size, "width": how.size}
-    written = {
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(how.mean),
-        "image_std": list(how.std),
-    }
-    if how.fit == "squash":
-        return {"image_processor_type": "SiglipImageProcessor", "size": square, **written}
-    kind = "LlavaImageProcessor" if how.aspect == "pad" else "CLIPImageProcessor"
-    written |= {"size": {"shortest_edge": how.size}, "do_center_crop": True, "crop_size": square}
-    return {"image_processor_type": kind, **written, **({"do_pad": True} if how.aspect == "pad" else {})}
-
-
-def read_processor(folder: str | Path) -> Preprocess | None:
-    """The preprocessing that an HF directory declares, or None where it declares none."""
-    for name in PROCESSOR_FILES:
-        path = Path(folder) / name
-        if path.is_file():
-            try:
-                read = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError(f"{path} is not valid JSON: {error}") from error
-            read = read.get("image_processor", read)
-            if "size" in read or "image_mean" in read:
-                return preprocess_of(read, str(path))
-    return None
-
-
-def preprocess_of(read: Mapping[str, Any], where: str) -> Preprocess:
-    """Preprocess from an HF image processor's dictionary; ConfigError names `where` if it is another."""
-    siglip = "siglip" in str(read.get("image_processor_type", read.get("feature_extractor_type", ""))).lower()
-    size = read.get("size", 224)
-    squash = siglip or (isinstance(size, dict) and "height" in size and not read.get("do_center_crop", False))
-    side, crop = _side(size, where), _side(read.get("crop_size", size), where)
-    if not squash and read.get("do_center_crop", True) and crop != side:
-        raise ConfigError(
-            f"{where} resizes to {side} but crops to {crop}: only processors with equal sizes are supported"
-        )
-    for key, wanted in (("resample", 3), ("do_resize", True), ("do_rescale", True), ("do_normalize", True)):
-        if read.get(key, wanted) != wanted:
-            raise ConfigError(f"{where} has {key}={read[key]!r}, but only {wanted!r} is supported")
-    if not math.isclose(read.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ConfigError(
-            f"{where} has rescale_factor={read['rescale_factor']!r}, but only 1/255 is supported"
-        )
-    default = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
-    mean, std = (tuple(map(float, read.get(k) or d)) for k, d in zip(("image_mean", "image_std"), default))
-    aspect, fit = "pad" if read.get("do_pad") else "square", "squash" if squash else "crop"
-    return Preprocess(side, aspect, fit, mean, std)
-
-
-def _side(size: Any, where: str) -> int:
-    if isinstance(size, dict):
-        sides = {size[k] for k in ("shortest_edge", "height", "width") if size.get(k)}
-        if len(sides) != 1:
-            raise ConfigError(f"{where} has the image size {size}, but only square views are supported")
-        return int(sides.pop())
-    return int(size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import at_least_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,4 @@ class DataConfig:
     threads: int = 8
 
     def __post_init__(self):
-        for key in ("row_length", "views_per_row", "sample_length", "threads"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"data.{key}={getattr(self, key)} must be at least 1")
+        at_least_one("data", self, ("row_length", "views_per_row", "sample_length", "threads"))

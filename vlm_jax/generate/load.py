@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from vlm_jax.config import ConfigError, VLMConfig, one_of
+from vlm_jax.config import VLMConfig, one_of
 from vlm_jax.convert.files import read_json
-from vlm_jax.convert.read import Checkpoint, open_checkpoint
+from vlm_jax.convert.processor_files import START_END
+from vlm_jax.convert.read import Checkpoint, model_directory, open_checkpoint
 from vlm_jax.convert.read import load as read_parameters
 from vlm_jax.data.chat_template import named_template
 from vlm_jax.data.images import ImageSource, Preprocess, load_views
@@ -91,25 +92,15 @@ def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = No
     Under a mesh every device reads only its slice of each parameter.
     """
     one_of("--dtype", dtype or usual_dtype(), ("float32", "bfloat16"))
-    directory = model_directory(Path(directory))
+    directory = model_directory(directory)
     checkpoint = open_checkpoint(directory)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, checkpoint.config.llm.vocab, str(directory))
     written = template(template_name or template_for(directory))
     params = place(checkpoint, jnp.dtype(dtype or usual_dtype()), mesh)
-    start_end = bool(checkpoint.raw.get("mm_use_im_start_end", False))
+    start_end = bool(checkpoint.raw.get("mm_use_im_start_end")) or START_END in _chat_template(directory)
     config = checkpoint.config
     return Loaded(config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end)
-
-
-def model_directory(directory: Path) -> Path:
-    """`directory` itself, or the export of the run that it is."""
-    for place in (directory, directory / "export"):
-        if (place / "config.json").is_file():
-            return place
-    if (directory / "checkpoints").is_dir():
-        raise ConfigError(f"{directory} is a run without an export: start its training again, a finished run only writes the export")
-    raise ConfigError(f"{directory} is no model directory: it has no config.json")
 
 
 def place(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vlm_jax.config import ConfigError, LLMConfig
+from vlm_jax.config import REMATS, LLMConfig, one_of
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from vlm_jax.nn.params import normal, param, scan, stack
@@ -132,8 +132,7 @@ class Llama(nnx.Module):
 
         With a cache the T slots are written at cache.index and attend to everything before them in their segment.
         """
-        if remat not in REMAT:
-            raise ConfigError(f"remat={remat!r} is unknown: use one of {', '.join(REMAT)}")
+        one_of("remat", remat, REMATS)
         c, stored, offset, keys = self.config, None, 0, segments
         if cache is not None:
             offset = cache.index

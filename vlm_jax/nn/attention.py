@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from vlm_jax.config import ConfigError, one_of
+from vlm_jax.config import ATTENTIONS, ConfigError, one_of
 from vlm_jax.parallel import rules
 
-IMPLEMENTATIONS = ("auto", "dense", "chunked", "cudnn", "splash")
 CHUNK = 512  # query slots per step of the chunked implementation
 NEGATIVE = -1e30  # finite, so that a row without any key gives the mean of v and not nan
 
@@ -69,7 +68,7 @@ class Mask:
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, impl: str = "auto", scale: float | None = None) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; see the module docstring. scale defaults to H^-1/2."""
-    one_of("attention", impl, IMPLEMENTATIONS)
+    one_of("attention", impl, ATTENTIONS)
     if impl == "auto":
         impl = choose(q, k, mask, jax.default_backend())
     reason = refusal(impl, q, k, mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from vlm_jax.config import ConfigError, one_of
+from vlm_jax.config import ATTENTIONS, REMATS, ConfigError, at_least_one, one_of
 
 STAGE1 = ("^projector/",)
 STAGE2 = ("^(projector/|llm/|image_newline$)",)
@@ -84,9 +84,9 @@ class TrainConfig:
         one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
         for key in ("dtype", "vision_dtype", "frozen_dtype", "moment_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("float32", "bfloat16"))
-        for key in ("global_batch", "accum", "loss_chunk", "log_every", "save_every", "keep"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"train.{key}={getattr(self, key)} must be at least 1")
+        one_of("train.attention", self.attention, ATTENTIONS)
+        one_of("train.remat", self.remat, REMATS)
+        at_least_one("train", self, ("global_batch", "accum", "loss_chunk", "log_every", "save_every", "keep"))
         if self.steps is not None and self.steps < 1:
             raise ConfigError(
                 f"train.steps={self.steps} must be at least 1 (or None, to train for train.epochs)"

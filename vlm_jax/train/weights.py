@@ -49,6 +49,9 @@ def open_weights(recipe: Recipe, tokenizer: Tokenizer) -> tuple[VLMConfig, Sourc
     if not main:
         if not init.random:
             raise ConfigError("init.llm and init.checkpoint are empty: give a folder with weights, or set init.random=True")
+        for key in ("vision", "projector"):
+            if getattr(init, key):
+                raise ConfigError(f"init.{key} needs a language model to go with: set init.llm or init.checkpoint too")
         check_vocabulary(tokenizer, wanted.llm.vocab, "the config")
         return wanted, None
     if not init.checkpoint and not init.vision and not init.random:
