@@ -26,7 +26,6 @@ setup(
         "grain>=0.2.18",
         "ml_collections>=1.1",
         "absl-py>=2.1",
-        "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2.3",
         "safetensors>=0.6",
@@ -39,7 +38,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3", "jinja2>=3.1"],
+        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3", "jinja2>=3.1", "transformers>=5.0,<6"],
         "parity": ["torch==2.13.0"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.20"],
     },

@@ -48,14 +48,18 @@ def quickstart(out: str = "", config: Any = None) -> int:
     result = run_recipe(recipe)
     if result.status == "stopped":
         return 0
+    page = folder / "report.html"
+    if result.status == "already finished" and page.exists():
+        print(f"report: {page.resolve()}")  # its seconds are those of the run that trained
+        return 0
     lines = metrics.read_metrics(folder)
     answered = ask(folder, test)
     summary = summarise(recipe, folder, lines, answered, started)
-    report.write_summary(folder / "summary.json", summary)
     report.draw_curves(lines, folder / "loss.png")
-    report.write_page(folder / "report.html", summary, answered["answers"], test / "images", folder / "loss.png")
+    report.write_summary(folder / "summary.json", summary)
+    report.write_page(page, summary, answered["answers"], test / "images", folder / "loss.png")
     print(f"\n{table(answered)}\n\n{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training")
-    print(f"report: {(folder / 'report.html').resolve()}")
+    print(f"report: {page.resolve()}")
     return 0
 
 

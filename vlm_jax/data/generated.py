@@ -14,6 +14,7 @@ from vlm_jax.data.templates import Template, messages_of, render, template
 
 TASKS = ("rounds", "vqa", "caption")
 TOKENIZERS = ("byte", "word")
+SPARE = 8  # rows of the vocabulary left for tokens that a recipe adds, such as <im_start>
 
 
 def make_watch_data(folder: Path, data: DataConfig, vocab: int, progress: bool = False) -> Path:
@@ -32,7 +33,7 @@ def make_watch_data(folder: Path, data: DataConfig, vocab: int, progress: bool =
     if data.generated_tokenizer == "word":
         word_level(texts, folder)
     else:
-        byte_level(texts, vocab, folder)
+        byte_level(texts, vocab - SPARE, folder)
     (folder / "train.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return folder / "train.json"
 

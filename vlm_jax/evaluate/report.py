@@ -74,10 +74,10 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, float, float | None]]:
     """(what, kind of number, value, chance) for each entry of a summary's accuracy and score."""
-    chance = summary.get("chance", {})
-    return [
-        (NAMES.get(key, key), kind, value, chance.get(key)) for kind in ("accuracy", "score") for key, value in summary[kind].items()
-    ]  # fmt: skip
+    chance, order = summary.get("chance", {}), list(NAMES)
+    rows = [(key, kind, value) for kind in ("accuracy", "score") for key, value in summary[kind].items()]
+    rows.sort(key=lambda row: order.index(row[0]) if row[0] in order else len(order))
+    return [(NAMES.get(key, key), kind, value, chance.get(key)) for key, kind, value in rows]
 
 
 def write_page(path: Path, summary: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], images: Path, curves: Path, shown: int = 30) -> None:

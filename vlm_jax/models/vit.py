@@ -9,6 +9,7 @@ under `unused`, so that a checkpoint leaves as it came.
 
 from __future__ import annotations
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -93,9 +94,9 @@ class PatchEmbedding(nnx.Module):
         self.patch = c.patch_size
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        n, p, g = pixels.shape[0], self.patch, pixels.shape[1] // self.patch
-        tiles = pixels[:, : g * p, : g * p].reshape(n, g, p, g, p, 3)
-        x = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(n, g * g, -1) @ self.kernel[...].astype(pixels.dtype)
+        p, side = self.patch, pixels.shape[1] // self.patch * self.patch
+        tiles = einops.rearrange(pixels[:, :side, :side], "n (gy py) (gx px) c -> n (gy gx) (py px c)", py=p, px=p)
+        x = tiles @ self.kernel[...].astype(pixels.dtype)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
