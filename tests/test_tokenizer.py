@@ -147,7 +147,7 @@ def test_settings_of_a_directory(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert load_tokenizer(tmp_path).legacy is True, "transformers' default"
     byte_level_directory(tmp_path)
-    assert load_tokenizer(tmp_path).legacy is None, "tokenizer.json goes first"
+    assert load_tokenizer(tmp_path).legacy is None, "tokenizer.json goes first, and this one is byte-level"
 
 
 def test_words_as_a_vocabulary(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import recipe as recipes
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, UserError
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.generate.load import load_model
 from vlm_jax.train.command import run_recipe
@@ -90,6 +90,20 @@ def test_weights_that_do_not_come_together_are_refused(run, init, sentence):
     recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, **init))
     with pytest.raises(ConfigError, match=sentence):
         open_weights(recipe, load_tokenizer(run / "data"))
+
+
+def test_bad_records_are_named_before_training_and_bounded(run, tmp_path, capsys):
+    records = json.loads((run / "data" / "train.json").read_text())
+    records[3]["image"] = "lost.png"
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    data = {"path": (str(tmp_path / "mine.json"),), "image_folder": str(run / "data" / "images"), "tokenizer": str(run / "data")}
+    recipe = changed(llava15("7b,stage2,smoke"), tmp_path / "run", generated_watches=0, **data)
+    assert run_recipe(recipe, progress=False).status == "finished"
+    said = capsys.readouterr().err
+    assert f"1 of {len(records)} records" in said and "lost.png" in said and "does not exist" in said
+    strict = dataclasses.replace(recipe, output=str(tmp_path / "strict"), train=dataclasses.replace(recipe.train, max_bad_samples=0))
+    with pytest.raises(UserError, match="train.max_bad_samples"):
+        run_recipe(strict, progress=False)
 
 
 @pytest.mark.slow

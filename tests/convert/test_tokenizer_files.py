@@ -70,6 +70,7 @@ def test_sentencepiece_becomes_an_exact_tokenizer_json(tmp_path, legacy):
     new = load_tokenizer(install(made.files, tmp_path / "new"))
     added = [AddedToken("<image>", 32000), AddedToken("<pad>", 32001)]
     old = load_tokenizer(model, legacy=legacy, added=added, pad="<pad>")
+    assert new.legacy is old.legacy is legacy
     rng = random.Random(0)
     words = [
         "USER",

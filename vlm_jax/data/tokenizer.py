@@ -61,7 +61,7 @@ class Tokenizer:
 
     @property
     def legacy(self) -> bool | None:
-        """Do chunks behind a special token begin with an invisible space? None for a tokenizer.json."""
+        """Do chunks behind a special token begin with an invisible space? None where no chunk ever does."""
         return self.model.legacy
 
     @property
@@ -151,7 +151,7 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / self.model.file).write_bytes(self.model.content)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
-        if self.legacy is not None:
+        if isinstance(self.model, SentencePieceModel):
             settings = {"tokenizer_class": "LlamaTokenizer", **self.settings, "legacy": self.legacy}
             settings |= {"add_bos_token": bool(self.prefix), "add_eos_token": bool(self.suffix)}
         settings |= {f"{kind}_token": name for kind, name in self.names.items()}

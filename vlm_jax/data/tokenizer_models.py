@@ -129,7 +129,7 @@ class TokenizersModel:
     adds.
     """
 
-    file, legacy = "tokenizer.json", None
+    file = "tokenizer.json"
 
     def __init__(self, document: str):
         import tokenizers
@@ -144,6 +144,15 @@ class TokenizersModel:
             AddedToken(t.content, i, t.special, t.lstrip, t.rstrip)
             for i, t in sorted(self._model.get_added_tokens_decoder().items())
         )
+        self.legacy = self._is_legacy()
+
+    def _is_legacy(self) -> bool | None:
+        """As SentencePieceModel.legacy, seen on what follows a special token; None where nothing puts a space before words."""
+        mark = next((token.text for token in self.added if token.special), None)
+        alone = self._model.encode("a", add_special_tokens=False).tokens
+        if mark is None or not alone or not alone[0].startswith("\u2581"):
+            return None
+        return self._model.encode(f"{mark}a", add_special_tokens=False).tokens[1:] == alone
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What is put around a text, seen on the first one that is not empty in this vocabulary."""

@@ -41,6 +41,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
     recipe = dataclasses.replace(recipe, model=model)
     mesh = make_mesh(recipe.mesh)
     rows, steps = rows_for(recipe, model, tokenizer, run)
+    report_skipped(rows)
     index, count = hosts.data_shard(mesh)
 
     def batches(start: int, state: dict | None) -> Batches:
@@ -49,7 +50,6 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
     result = loop.train(
         recipe.train, model, batches, run, available_steps=steps, mesh=mesh, source=source, saved_config=to_dict(recipe), progress=progress
     )
-    report_skipped(rows)
     if recipe.export and result.status != "stopped":
         export_result(recipe, result, run)
     return result
@@ -83,9 +83,9 @@ def rows_for(recipe: Recipe, model: VLMConfig, tokenizer: Tokenizer, run: Path) 
 
 
 def report_skipped(rows: Rows) -> None:
-    """One line for each kind of record that was not trained on."""
-    for _, _, sentence in rows.manifest.notes[:5]:
-        hosts.say(f"not trained on: {sentence}")
-    more = len(rows.manifest.notes) - 5
-    if more > 0:
-        hosts.say(f"not trained on: {more} more records")
+    """Say before training how much of the data is not used, and why the first of it is not."""
+    notes, records = rows.manifest.notes, len(rows.manifest.status)
+    if notes:
+        hosts.say(f"{len(notes)} of {records} records ({len(notes) / records:.1%}) are not trained on:")
+    for _, _, sentence in notes[:5]:
+        hosts.say(f"  {sentence}")
