@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning"), as the scripts under scripts/v1_5 of its repository train it.
+"""LLaVA-1.5 (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning"), as its scripts/v1_5 train it.
 
     python -m vlm_jax train --config configs/llava15.py:7b,stage1 \\
         --config.init.llm=DIR/vicuna-7b-v1.5 --config.init.vision=DIR/clip-vit-large-patch14-336 \\
@@ -27,7 +27,8 @@ def stage1() -> tuple[DataConfig, TrainConfig]:
     """scripts/v1_5/pretrain.sh: projector only, 558K captions, plain template."""
     data = DataConfig(
         template="plain",  # --version plain
-        row_length=4864, views_per_row=8,  # eight captions of at most 608 slots each share a row
+        row_length=4864,
+        views_per_row=8,  # eight captions of at most 608 slots each share a row
         sample_length=2048,  # --model_max_length 2048
     )
     train = TrainConfig(
@@ -35,7 +36,9 @@ def stage1() -> tuple[DataConfig, TrainConfig]:
         global_batch=32,  # 32 rows of 8 samples = --per_device_train_batch_size 32 on 8 GPUs
         lr=1e-3,  # --learning_rate 1e-3
         epochs=1,  # --num_train_epochs 1
-        warmup_ratio=0.03, schedule="cosine", weight_decay=0.0,  # --warmup_ratio 0.03 --lr_scheduler_type cosine --weight_decay 0.
+        warmup_ratio=0.03,
+        schedule="cosine",
+        weight_decay=0.0,  # --warmup_ratio 0.03 --lr_scheduler_type cosine --weight_decay 0.
     )
     return data, train
 
@@ -44,14 +47,18 @@ def stage2() -> tuple[DataConfig, TrainConfig]:
     """scripts/v1_5/finetune.sh: LLM and projector, 665K instructions, Vicuna v1 template."""
     data = DataConfig(
         template="v1",  # --version v1
-        row_length=4096, views_per_row=6,  # about 4.3 samples per row at the mix665k length distribution
+        row_length=4096,
+        views_per_row=6,  # about 4.3 samples per row at the mix665k length distribution
         sample_length=2048,  # --model_max_length 2048
     )
     train = TrainConfig(
         trainable=STAGE2,  # everything but the tower
         global_batch=32,  # 32 rows, about 138 samples; published: --per_device_train_batch_size 16 on 8 GPUs = 128
         lr=2e-5,  # --learning_rate 2e-5
-        epochs=1, warmup_ratio=0.03, schedule="cosine", weight_decay=0.0,  # as stage 1
+        epochs=1,
+        warmup_ratio=0.03,
+        schedule="cosine",
+        weight_decay=0.0,  # as stage 1
     )
     return data, train
 
@@ -66,11 +73,17 @@ def get_config(words: str = ""):
         train = dataclasses.replace(train, global_batch=256 if first else 128)
     if "compat" in chosen:
         data = dataclasses.replace(data, compat="llava")
-        share = 8 if "unpacked" in chosen else 1  # they average the means of 8 GPUs; a packed batch is too small for that
-        train = dataclasses.replace(train, accum=share, compat=Compat(loss_normalisation="per_microbatch", zero_first_lr=True))
+        share = (
+            8 if "unpacked" in chosen else 1
+        )  # they average the means of 8 GPUs; a packed batch is too small for that
+        train = dataclasses.replace(
+            train, accum=share, compat=Compat(loss_normalisation="per_microbatch", zero_first_lr=True)
+        )
     recipe = Recipe(
         # --image_aspect_ratio: stage 1 leaves the default (square), stage 2 says pad
         model=VLMConfig(llm=SIZES[chosen["size"]], aspect="square" if first else "pad"),
-        data=data, train=train, output=f"runs/llava15_{chosen['size']}_{chosen['stage']}",
+        data=data,
+        train=train,
+        output=f"runs/llava15_{chosen['size']}_{chosen['stage']}",
     )
     return config_dict(shrink(recipe) if "smoke" in chosen else recipe)

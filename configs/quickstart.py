@@ -19,9 +19,16 @@ WATCHES = 24000  # training images, drawn before training
 def model() -> VLMConfig:
     """2.6 M parameters. The 224-pixel pictures are halved, and each corner of the watch lies in one of the 4 x 4 patches."""
     vision = VisionConfig(
-        image_size=112, patch_size=28, width=256, layers=2, heads=4, mlp=1024,
-        feature_layers=(-1,), select="full",  # the class token is read too
-        mean=(0.5, 0.5, 0.5), std=(0.15, 0.15, 0.15),
+        image_size=112,
+        patch_size=28,
+        width=256,
+        layers=2,
+        heads=4,
+        mlp=1024,
+        feature_layers=(-1,),
+        select="full",  # the class token is read too
+        mean=(0.5, 0.5, 0.5),
+        std=(0.15, 0.15, 0.15),
     )
     llm = LLMConfig(vocab=256, width=128, mlp=384, layers=2, heads=4, kv_heads=4, head_dim=32, max_position=512)
     return VLMConfig(vision, llm=llm, aspect="square", init="scratch")
@@ -34,7 +41,8 @@ def get_config(words: str = ""):
         model=model(), init=InitConfig(random=True),
         data=DataConfig(
             template="mistral_instruct",  # no system prompt: fewer tokens to compute
-            generated_watches=WATCHES, generated_task="rounds", generated_tokenizer="word", row_length=92, sample_length=92, views_per_row=1, max_samples=1, threads=2,
+            generated_watches=WATCHES, generated_task="rounds", generated_tokenizer="word",
+            row_length=92, sample_length=92, views_per_row=1, max_samples=1, threads=2,
         ),
         train=TrainConfig(
             trainable=("^tower/", "^projector/", "^llm/"), steps=1200, global_batch=64, lr=4e-4, warmup_steps=40, schedule="cosine",

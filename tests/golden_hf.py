@@ -46,13 +46,9 @@ def row_batch(
     rows = [_row(row[kept == 1], image_token, features, count) for row, kept, count in zip(ids, mask, counts)]
     height, length, images = shape or (len(rows), max(len(tokens) for tokens, _ in rows), max(max(counts), 1))
     left = mask[:, -1].all()
-    batch = {
-        name: np.full((height, length), fill, np.int32) for name, fill in (("tokens", 0), ("image_slots", -1))
-    }
+    batch = {name: np.full((height, length), fill, np.int32) for name, fill in (("tokens", 0), ("image_slots", -1))}
     batch |= {name: np.zeros((height, length), np.int32) for name in ("segments", "positions")}
-    batch["images"] = np.zeros(
-        (height, images, config.vision.image_size, config.vision.image_size, 3), np.float32
-    )
+    batch["images"] = np.zeros((height, images, config.vision.image_size, config.vision.image_size, 3), np.float32)
     starts = np.concatenate([[0], np.cumsum(counts)])
     for r, (tokens, slots) in enumerate(rows):
         at = slice(length - len(tokens), length) if left else slice(0, len(tokens))

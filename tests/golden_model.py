@@ -21,15 +21,29 @@ def model_config(info: dict) -> VLMConfig:
     merge = mm.get("mm_patch_merge_type", "flat")
     return VLMConfig(
         vision=VisionConfig(
-            image_size=vision["image_size"], patch_size=vision["patch_size"], width=vision["hidden_size"], layers=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"], mlp=vision["intermediate_size"], act=vision["hidden_act"], eps=vision["layer_norm_eps"],
-            feature_layers=(mm["mm_vision_select_layer"],), select={"patch": "patch", "cls_patch": "full"}[mm["mm_vision_select_feature"]],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["hidden_size"],
+            layers=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            mlp=vision["intermediate_size"],
+            act=vision["hidden_act"],
+            eps=vision["layer_norm_eps"],
+            feature_layers=(mm["mm_vision_select_layer"],),
+            select={"patch": "patch", "cls_patch": "full"}[mm["mm_vision_select_feature"]],
         ),
         projector=ProjectorConfig(kind=mm["mm_projector_type"]),
         llm=LLMConfig(
-            vocab=llm["vocab_size"], width=llm["hidden_size"], mlp=llm["intermediate_size"], layers=llm["num_hidden_layers"], heads=heads,
-            kv_heads=llm["num_key_value_heads"], head_dim=llm["hidden_size"] // heads, max_position=llm["max_position_embeddings"],
-            eps=llm["rms_norm_eps"], tie=llm["tie_word_embeddings"],
+            vocab=llm["vocab_size"],
+            width=llm["hidden_size"],
+            mlp=llm["intermediate_size"],
+            layers=llm["num_hidden_layers"],
+            heads=heads,
+            kv_heads=llm["num_key_value_heads"],
+            head_dim=llm["hidden_size"] // heads,
+            max_position=llm["max_position_embeddings"],
+            eps=llm["rms_norm_eps"],
+            tie=llm["tie_word_embeddings"],
         ),
         merge=merge,
         image_newline="unpad" in merge,
@@ -41,14 +55,24 @@ def model_config(info: dict) -> VLMConfig:
 def _tower_name(rest: str) -> tuple[str, int | None]:
     """Name inside CLIPVisionTransformer -> (our path below `tower/`, block or None)."""
     plain = {
-        "embeddings.class_embedding": "cls", "embeddings.patch_embedding.weight": "patch/kernel",
-        "embeddings.position_embedding.weight": "position", "pre_layrnorm.weight": "pre_norm/scale", "pre_layrnorm.bias": "pre_norm/bias",
-        "post_layernorm.weight": "unused/post_norm/scale", "post_layernorm.bias": "unused/post_norm/bias",
+        "embeddings.class_embedding": "cls",
+        "embeddings.patch_embedding.weight": "patch/kernel",
+        "embeddings.position_embedding.weight": "position",
+        "pre_layrnorm.weight": "pre_norm/scale",
+        "pre_layrnorm.bias": "pre_norm/bias",
+        "post_layernorm.weight": "unused/post_norm/scale",
+        "post_layernorm.bias": "unused/post_norm/bias",
     }
     if rest in plain:
         return plain[rest], None
     layer, module, kind = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", rest).groups()
-    ours = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp/up", "mlp.fc2": "mlp/down", "self_attn.out_proj": "attn/o"}
+    ours = {
+        "layer_norm1": "norm1",
+        "layer_norm2": "norm2",
+        "mlp.fc1": "mlp/up",
+        "mlp.fc2": "mlp/down",
+        "self_attn.out_proj": "attn/o",
+    }
     ours |= {f"self_attn.{x}_proj": f"attn/{x}" for x in "qkv"}
     leaf = "bias" if kind == "bias" else "scale" if "norm" in module else "kernel"
     return f"blocks/{ours[module]}/{leaf}", int(layer)
@@ -63,13 +87,19 @@ def our_name(name: str, config: VLMConfig) -> tuple[str, int | None]:
         return f"tower/{path}", layer
     if match := re.fullmatch(r"model\.mm_projector\.(?:(\d+)\.)?(weight|bias)", name):
         return f"projector/layer_{int(match[1] or 0) // 2}/{'kernel' if match[2] == 'weight' else 'bias'}", None
-    fixed = {"model.embed_tokens.weight": "llm/embed/embedding", "model.norm.weight": "llm/norm/scale", "lm_head.weight": "llm/head/kernel"}
+    fixed = {
+        "model.embed_tokens.weight": "llm/embed/embedding",
+        "model.norm.weight": "llm/norm/scale",
+        "lm_head.weight": "llm/head/kernel",
+    }
     fixed["model.image_newline"] = "image_newline"
     if name in fixed:
         return fixed[name], None
     layer, module = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name).groups()
     ours = {"input_layernorm": "norm1/scale", "post_attention_layernorm": "norm2/scale"}
-    ours |= {f"self_attn.{x}_proj": f"attn/{x}/kernel" for x in "qkvo"} | {f"mlp.{x}_proj": f"mlp/{x}/kernel" for x in ("gate", "up", "down")}
+    ours |= {f"self_attn.{x}_proj": f"attn/{x}/kernel" for x in "qkvo"} | {
+        f"mlp.{x}_proj": f"mlp/{x}/kernel" for x in ("gate", "up", "down")
+    }
     return f"llm/blocks/{ours[module]}", int(layer)
 
 
@@ -112,7 +142,9 @@ def load(folder, npz=None) -> tuple[VLMConfig, dict[str, np.ndarray]]:
     return config, params_from(weights, config)
 
 
-def row_batch(config: VLMConfig, ids, keep, labels, views, sizes, *, length: int | None = None, pad_left: bool = False) -> dict[str, np.ndarray]:
+def row_batch(
+    config: VLMConfig, ids, keep, labels, views, sizes, *, length: int | None = None, pad_left: bool = False
+) -> dict[str, np.ndarray]:
     """Original batch -> one row per sample. `views[r]`: list of view stacks [V, 3, S, S] of row r; `sizes[r]`: their (w, h).
 
     length: truncation after splicing (tokenizer_model_max_length). Labels follow the papers (unshifted) under "labels".
@@ -135,7 +167,10 @@ def row_batch(config: VLMConfig, ids, keep, labels, views, sizes, *, length: int
         cut = len(tokens) if length is None else min(length, len(tokens))
         rows.append((tokens[:cut], slots[:cut], row_labels[:cut]))
     T, size = max(len(t) for t, _, _ in rows), config.vision.image_size
-    out = {k: np.full((len(rows), T), v, np.int32) for k, v in (("tokens", 0), ("image_slots", -1), ("labels", -100), ("segments", 0), ("positions", 0))}
+    out = {
+        k: np.full((len(rows), T), v, np.int32)
+        for k, v in (("tokens", 0), ("image_slots", -1), ("labels", -100), ("segments", 0), ("positions", 0))
+    }
     out["images"] = np.zeros((len(rows), budget, size, size, 3), np.float32)
     for r, (tokens, slots, row_labels) in enumerate(rows):
         n = len(tokens)

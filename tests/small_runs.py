@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -72,9 +73,7 @@ def row(
     rng: np.random.Generator, plan: list[tuple[int, int]], slots: int = 24, model: VLMConfig = MODEL
 ) -> dict[str, np.ndarray]:
     """A row of samples given as (length, views), padded to `slots` slots and VIEWS views."""
-    out = {
-        k: np.zeros(slots, np.int32) for k in ("tokens", "image_slots", "targets", "segments", "positions")
-    }
+    out = {k: np.zeros(slots, np.int32) for k in ("tokens", "image_slots", "targets", "segments", "positions")}
     out["image_slots"] -= 1
     out["weights"] = np.zeros(slots, np.float32)
     size = model.vision.image_size

@@ -72,7 +72,9 @@ def test_clear_forgets(parts, pictures):
 
 
 def test_mistakes_are_told_and_the_conversation_goes_on(parts, pictures, model):
-    out, made = piped(parts, f"/image {model.parent / 'none.png'}\nshow me <image>\n/image {pictures[0]}\nWhat is it?\n")
+    out, made = piped(
+        parts, f"/image {model.parent / 'none.png'}\nshow me <image>\n/image {pictures[0]}\nWhat is it?\n"
+    )
     missing, placeholder, answer = out.split("\n", 2)
     assert "none.png does not exist" in missing and "<image>" in placeholder
     assert answer == made.texts[1] + "\n" and len(made.texts) == 2

@@ -6,7 +6,7 @@ import pytest
 from vlm_jax.data.chat_template import chat_template, named_template
 from vlm_jax.data.templates import TEMPLATES, messages_of, render
 
-DIALOGUES = [["Hi", None], ["Is it \"late\"?\nSay so.", "No.", "Sure?", None], ["a", "b"]]
+DIALOGUES = [["Hi", None], ['Is it "late"?\nSay so.', "No.", "Sure?", None], ["a", "b"]]
 
 
 @pytest.mark.parametrize("name", sorted(n for n, t in TEMPLATES.items() if t.style != "PLAIN" and "mmtag" not in n))
@@ -15,7 +15,9 @@ def test_equals_our_rendering(name, texts):
     t = TEMPLATES[name]
     open_turn = texts[-1] is None
     messages = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts) if x is not None]
-    ours = jinja2.Template(chat_template(name), keep_trailing_newline=True).render(messages=messages, add_generation_prompt=open_turn)
+    ours = jinja2.Template(chat_template(name), keep_trailing_newline=True).render(
+        messages=messages, add_generation_prompt=open_turn
+    )
     expected = render(t, messages_of(t, texts))
     if t.style == "LLAMA_2":  # the original ends a closed dialogue without opening the next round
         ours = ours.removesuffix(t.sep) if not open_turn else ours

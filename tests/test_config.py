@@ -12,7 +12,17 @@ import pytest
 
 from vlm_jax import recipe as recipes
 from vlm_jax.__main__ import parse
-from vlm_jax.config import ACTIVATIONS, ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig, from_dict, to_dict
+from vlm_jax.config import (
+    ACTIVATIONS,
+    ConfigError,
+    LLMConfig,
+    ProjectorConfig,
+    RopeConfig,
+    VisionConfig,
+    VLMConfig,
+    from_dict,
+    to_dict,
+)
 from vlm_jax.models import vlm
 from vlm_jax.nn import layers
 from vlm_jax.train.state import select
@@ -95,23 +105,46 @@ def test_words():
 
 def test_published_sizes():
     """Parameter counts of the checkpoints: LLM + projector + the whole CLIP-L tower."""
-    clip = vlm.count(VLMConfig(llm=LLMConfig(vocab=8, width=8, mlp=8, layers=1, heads=1, kv_heads=1, head_dim=8), projector=ProjectorConfig("identity")))
+    clip = vlm.count(
+        VLMConfig(
+            llm=LLMConfig(vocab=8, width=8, mlp=8, layers=1, heads=1, kv_heads=1, head_dim=8),
+            projector=ProjectorConfig("identity"),
+        )
+    )
     tiny_llm = 2 * 8 * 8 + 4 * 8 * 8 + 3 * 8 * 8 + 3 * 8
     assert clip - tiny_llm == 303_507_456  # CLIPVisionModel L/14-336
     assert vlm.count(llava15("7b,stage2").model) == 6_738_415_616 + 20_979_712 + 303_507_456
-    assert vlm.count(llava15("13b,stage2").model) == 13_015_864_320 + (1024 * 5120 + 5120 + 5120 * 5120 + 5120) + 303_507_456
+    assert (
+        vlm.count(llava15("13b,stage2").model)
+        == 13_015_864_320 + (1024 * 5120 + 5120 + 5120 * 5120 + 5120) + 303_507_456
+    )
 
 
-@pytest.mark.parametrize("words", [",".join(w) for w in itertools.product(("7b", "13b"), ("stage1", "stage2"), ("", "compat", "unpacked,compat"))])
+@pytest.mark.parametrize(
+    "words",
+    [",".join(w) for w in itertools.product(("7b", "13b"), ("stage1", "stage2"), ("", "compat", "unpacked,compat"))],
+)
 def test_llava15_hyperparameters_are_the_published_ones(words):
     recipe = llava15(words.strip(","))
     first = "stage1" in words
     t = recipe.train
-    assert t.lr == (1e-3 if first else 2e-5) and t.epochs == 1 and t.warmup_ratio == 0.03 and t.schedule == "cosine" and t.weight_decay == 0
+    assert (
+        t.lr == (1e-3 if first else 2e-5)
+        and t.epochs == 1
+        and t.warmup_ratio == 0.03
+        and t.schedule == "cosine"
+        and t.weight_decay == 0
+    )
     assert (t.beta1, t.beta2, t.eps, t.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
-    assert recipe.model.aspect == ("square" if first else "pad") and recipe.data.template == ("plain" if first else "v1")
+    assert recipe.model.aspect == ("square" if first else "pad") and recipe.data.template == (
+        "plain" if first else "v1"
+    )
     if "unpacked" in words:
-        assert t.global_batch == (256 if first else 128) and recipe.data.max_samples == 1 and recipe.data.row_length == 2048
+        assert (
+            t.global_batch == (256 if first else 128)
+            and recipe.data.max_samples == 1
+            and recipe.data.row_length == 2048
+        )
         assert t.global_batch // t.accum == (32 if first else 16) if "compat" in words else t.accum == 1  # per device
     chosen = select(t.trainable, vlm.shapes(recipe.model))
     assert {p.split("/")[0] for p in chosen} == ({"projector"} if first else {"projector", "llm"})
@@ -123,7 +156,12 @@ def test_every_config_has_a_default_and_a_smoke_version(path):
     full, small = recipes.from_config(make()), recipes.from_config(make("smoke"))
     assert vlm.count(small.model) < 2_000_000 and small.train.steps <= 20 and small.data.generated_watches > 0
     assert small.model.projector == full.model.projector and small.train.trainable == full.train.trainable
-    assert dataclasses.replace(small.model.vision, **{f.name: getattr(full.model.vision, f.name) for f in dataclasses.fields(VisionConfig)}) == full.model.vision
+    assert (
+        dataclasses.replace(
+            small.model.vision, **{f.name: getattr(full.model.vision, f.name) for f in dataclasses.fields(VisionConfig)}
+        )
+        == full.model.vision
+    )
 
 
 def run(*arguments):
@@ -148,9 +186,15 @@ def test_help_needs_no_heavy_library():
         (("generate",), "generate needs --model"),
         (("train", "--config", "nowhere.py"), "config file nowhere.py does not exist: there are llava15.py"),
         (("train", "--config", "configs/llava15.py:7b,stage9"), "config word 'stage9' is unknown"),
-        (("train", "--config=configs/llava15.py:7b", "--config.train.learning_rate=1"), "unknown config key config.train.learning_rate"),
+        (
+            ("train", "--config=configs/llava15.py:7b", "--config.train.learning_rate=1"),
+            "unknown config key config.train.learning_rate",
+        ),
         (("train", "--config=configs/llava15.py:7b", "--config.train.lr=fast"), "--config.train.lr=fast"),
-        (("train", "--config=configs/llava15.py:7b", "--config.train.global_batch=1.5"), "--config.train.global_batch=1.5"),
+        (
+            ("train", "--config=configs/llava15.py:7b", "--config.train.global_batch=1.5"),
+            "--config.train.global_batch=1.5",
+        ),
         (("train", "--config=configs/llava15.py:7b", "extra"), "unexpected argument 'extra'"),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, tuple) else None,

@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests import tiny_model
 from vlm_jax.__main__ import main, parse
-from vlm_jax.convert.read import model_directory
 from vlm_jax.config import ConfigError, UserError
+from vlm_jax.convert.read import model_directory
 from vlm_jax.data.smartwatch_files import WatchSet, draw_all
 from vlm_jax.data.smartwatch_files import generate as draw
 from vlm_jax.evaluate import smartwatch
@@ -48,7 +48,16 @@ def questions(model):
 
 def run_file(model, questions, out, *flags):
     path = model.parent / out
-    arguments = ["--questions", str(questions), "--image_folder", str(model.parent), "--out", str(path), "--max_new_tokens", "6"]
+    arguments = [
+        "--questions",
+        str(questions),
+        "--image_folder",
+        str(model.parent),
+        "--out",
+        str(path),
+        "--max_new_tokens",
+        "6",
+    ]
     assert main(["generate", "--model", str(model), *arguments, *flags]) == 0
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -63,7 +72,10 @@ def test_question_file(model, questions, capsys):
     assert run_file(model, file, "many.jsonl", "--batch", "8") == lines
     image = str(model.parent / "0.png")
     capsys.readouterr()
-    assert main(["generate", "--model", str(model), "--image", image, "--prompt", "What is it?", "--max_new_tokens", "6"]) == 0
+    assert (
+        main(["generate", "--model", str(model), "--image", image, "--prompt", "What is it?", "--max_new_tokens", "6"])
+        == 0
+    )
     assert capsys.readouterr().out.strip() == lines[0]["text"]
 
 
@@ -72,7 +84,9 @@ def test_sampled_answers_do_not_depend_on_the_order_of_the_file(model, questions
     turned = model.parent / "turned.jsonl"
     turned.write_text("".join(json.dumps(q) + "\n" for q in asked[::-1]))
     flags = ("--temperature", "1.0", "--seed", "3")
-    assert run_file(model, turned, "turned_out.jsonl", *flags)[::-1] == run_file(model, file, "straight_out.jsonl", *flags)
+    assert run_file(model, turned, "turned_out.jsonl", *flags)[::-1] == run_file(
+        model, file, "straight_out.jsonl", *flags
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +102,13 @@ def test_broken_questions_are_named(model, questions, line, words):
     broken = model.parent / "broken.jsonl"
     broken.write_text('{"question_id": 0, "text": "What?"}\n' + line + "\n")
     with pytest.raises(ValueError, match=words):
-        generate(str(model), questions=str(broken), image_folder=str(model.parent), out=str(model.parent / "x.jsonl"), max_new_tokens=2)
+        generate(
+            str(model),
+            questions=str(broken),
+            image_folder=str(model.parent),
+            out=str(model.parent / "x.jsonl"),
+            max_new_tokens=2,
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +134,9 @@ def test_question_files_that_hold_nothing_or_no_text(tmp_path):
         with pytest.raises(ConfigError, match=words):
             list(read_questions(str(tmp_path / "q.jsonl")))
     text = "a\u2028b\u0085c"  # line ends for str.splitlines, plain text for JSON
-    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"question_id": 1, "text": text}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert [q.text for q in read_questions(str(tmp_path / "q.jsonl"))] == [text]
 
 
@@ -141,7 +163,11 @@ def test_loading_onto_a_mesh(model):
 
 def test_template_of_a_directory(model, tmp_path):
     assert template_for(model) == "v1"
-    for jinja, name in (("{# vlm_jax: mpt #}...", "mpt"), ("USER: ASSISTANT:", "v1"), ("[INST] x [/INST]", "mistral_instruct")):
+    for jinja, name in (
+        ("{# vlm_jax: mpt #}...", "mpt"),
+        ("USER: ASSISTANT:", "v1"),
+        ("[INST] x [/INST]", "mistral_instruct"),
+    ):
         (tmp_path / "chat_template.jinja").write_text(jinja)
         assert template_for(tmp_path) == name
     for folder, name in (("llava-v1.5-7b", "llava_v1"), ("llava-llama-2-13b", "llava_llama_2"), ("my-model", "v1")):
@@ -151,15 +177,36 @@ def test_template_of_a_directory(model, tmp_path):
 
 def test_smartwatch(model, watches):
     out = model.parent / "scores.json"
-    assert main(["evaluate", "--model", str(model), "--task", "smartwatch", "--data", str(watches), "--out", str(out), "--limit", "2"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--model",
+                str(model),
+                "--task",
+                "smartwatch",
+                "--data",
+                str(watches),
+                "--out",
+                str(out),
+                "--limit",
+                "2",
+            ]
+        )
+        == 0
+    )
     result = json.loads(out.read_text())
     assert set(result["accuracy"]) == {"weather", "weather_pos", "battery_pos", "time_exact", "battery_exact"}
     assert set(result["score"]) == {"time", "battery"} and set(result["count"].values()) == {2}
     assert set(result["chance"]) == set(result["accuracy"]) | set(result["score"])
-    assert len(result["answers"]) == 10 and all(a["truth"] and not a["question"].startswith("<image>") for a in result["answers"])
+    assert len(result["answers"]) == 10 and all(
+        a["truth"] and not a["question"].startswith("<image>") for a in result["answers"]
+    )
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", '[{"image": "a.png", "conversations": [{"from": "human"}]}]', '[{"conversations": []}]'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[1]", '[{"image": "a.png", "conversations": [{"from": "human"}]}]', '[{"conversations": []}]']
+)
 def test_records_that_are_none_are_named(tmp_path, content):
     (tmp_path / "records.json").write_text(content)
     with pytest.raises(UserError, match="records.json: record 0 is no smart-watch record"):
@@ -169,7 +216,14 @@ def test_records_that_are_none_are_named(tmp_path, content):
 def test_an_output_that_cannot_be_written_ends_in_one_sentence(model, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "q.jsonl").write_text('{"question_id": 0, "text": "What?"}')
-    arguments = ["--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "file" / "x.jsonl"), "--max_new_tokens", "2"]
+    arguments = [
+        "--questions",
+        str(tmp_path / "q.jsonl"),
+        "--out",
+        str(tmp_path / "file" / "x.jsonl"),
+        "--max_new_tokens",
+        "2",
+    ]
     assert main(["generate", "--model", str(model), *arguments]) == 2
     assert capsys.readouterr().err.splitlines() == [f"vlm_jax: {tmp_path / 'file'}: File exists"]
 

@@ -65,9 +65,7 @@ def launch(folder, processes, steps):
         )
         command = [sys.executable, "-c", SCRIPT, str(folder), str(steps)]
         running.append(
-            subprocess.Popen(
-                command, env=env | joined, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            subprocess.Popen(command, env=env | joined, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     try:
         return [p.communicate(timeout=300)[0] for p in running]

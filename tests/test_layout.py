@@ -54,7 +54,9 @@ def test_doors(path):
             assert parts[2] == "slots", "data may only ask the models how many slots an image takes"
 
 
-@pytest.mark.parametrize("path", FILES + sorted((ROOT / "configs").glob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", FILES + sorted((ROOT / "configs").glob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_files_and_functions_stay_short(path):
     text = path.read_text()
     assert text.count("\n") <= 400, f"{path} has over 400 lines: split it along what it is about"
@@ -81,4 +83,8 @@ def test_names_of_files_say_what_they_hold():
 
 
 def test_nothing_from_this_package_needs_torch():
-    assert not [p for p in FILES if any(line.strip().startswith(("import torch", "from torch")) for line in p.read_text().splitlines())]
+    assert not [
+        p
+        for p in FILES
+        if any(line.strip().startswith(("import torch", "from torch")) for line in p.read_text().splitlines())
+    ]

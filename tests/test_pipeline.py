@@ -56,9 +56,7 @@ def test_each_epoch_shows_every_sample_once_in_another_order(rows):
         orders.append(shown)
     assert orders[0] != orders[1] != orders[2]
     shown = sum((names(batch) for _, batch in Batches(rows, 4)), [])
-    assert sorted(shown) == sorted(list(range(40)) * 3), (
-        "batches straddle epochs without losing or repeating a row"
-    )
+    assert sorted(shown) == sorted(list(range(40)) * 3), "batches straddle epochs without losing or repeating a row"
 
 
 def test_the_last_batch_is_filled_with_padding(rows):
@@ -97,8 +95,7 @@ def test_hosts_share_each_batch_in_one_global_order(rows, hosts):
         got = [next(p)[1] for p in parts]
         equal({k: np.concatenate([g[k] for g in got]) for k in wanted}, wanted)
     moved = [
-        Batches(rows, 4, process_index=h, process_count=4 // hosts, state=parts[0].state())
-        for h in range(4 // hosts)
+        Batches(rows, 4, process_index=h, process_count=4 // hosts, state=parts[0].state()) for h in range(4 // hosts)
     ]
     got = [next(p)[1] for p in moved]
     equal({k: np.concatenate([g[k] for g in got]) for k in whole[3]}, whole[3])

@@ -21,7 +21,11 @@ def test_leaves_summary_curves_report_and_export(tmp_path, capsys):
     assert quickstart(str(tmp_path), config) == 0
     assert "report: " in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["steps"] == 6 and summary["parameters"] > 100_000 and summary["seconds"] >= summary["training_seconds"] > 0
+    assert (
+        summary["steps"] == 6
+        and summary["parameters"] > 100_000
+        and summary["seconds"] >= summary["training_seconds"] > 0
+    )
     assert set(summary["accuracy"]) == {"weather", "weather_pos", "battery_pos", "time_exact", "battery_exact"}
     assert set(summary["score"]) == {"time", "battery"}
     assert set(summary["chance"]) == set(summary["accuracy"]) | set(summary["score"])

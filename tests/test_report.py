@@ -35,7 +35,12 @@ def test_everything_is_inside(page):
 
 
 def test_answers_and_truth_are_shown_and_escaped(page):
-    assert "Is 1 &lt; 2?" in page and "&lt;b&gt;" in page and "no &amp; never" in page and "<b>" not in re.sub(r'<b style="left.*?</b>', "", page)
+    assert (
+        "Is 1 &lt; 2?" in page
+        and "&lt;b&gt;" in page
+        and "no &amp; never" in page
+        and "<b>" not in re.sub(r'<b style="left.*?</b>', "", page)
+    )
     assert page.count('class="right"') == 1 and page.count('class="wrong"') == 1
 
 

@@ -14,7 +14,9 @@ from vlm_jax.generate.sampling import Settings, choose, penalise, warp
 
 def the_same(rows, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0):
     full = lambda x, dtype: jnp.full(rows, x, dtype)  # noqa: E731
-    return Settings(full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), full(penalty, jnp.float32))
+    return Settings(
+        full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), full(penalty, jnp.float32)
+    )
 
 
 def reference(logits, temperature, top_k, top_p):
@@ -34,7 +36,9 @@ def reference(logits, temperature, top_k, top_p):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), temperature=st.sampled_from([0.2, 0.7, 1.0, 1.5]), top_k=st.sampled_from([0, 1, 3, 20, 99]),
+    seed=st.integers(0, 10_000),
+    temperature=st.sampled_from([0.2, 0.7, 1.0, 1.5]),
+    top_k=st.sampled_from([0, 1, 3, 20, 99]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
 )
 def test_distribution(seed, temperature, top_k, top_p):
@@ -87,7 +91,14 @@ def test_penalty_makes_seen_tokens_less_likely():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}, {"beams": 2, "temperature": 1.0}, {"stop": ("",)}],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"beams": 2, "temperature": 1.0},
+        {"stop": ("",)},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -89,7 +89,9 @@ def test_processes_draw_what_one_draws(tmp_path):
     generate(tmp_path, settings, processes=2, progress=False)
     watches, _ = draw_all(settings)
     for i in (0, 100, FEW - 1):
-        np.testing.assert_array_equal(np.array(Image.open(tmp_path / "images" / f"{i}.png")), np.array(render(watches[i], seed=i)))
+        np.testing.assert_array_equal(
+            np.array(Image.open(tmp_path / "images" / f"{i}.png")), np.array(render(watches[i], seed=i))
+        )
 
 
 def test_a_folder_of_another_set_is_refused(tmp_path):

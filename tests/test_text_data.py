@@ -76,12 +76,7 @@ def test_template_of_model_names():
 
 
 def test_training_versions():
-    assert (
-        training_template("v0")
-        is training_template("v0.5")
-        is training_template("v9")
-        is TEMPLATES["vicuna_v1"]
-    )
+    assert training_template("v0") is training_template("v0.5") is training_template("v9") is TEMPLATES["vicuna_v1"]
     assert training_template("plain") is TEMPLATES["plain"]
 
 

@@ -49,9 +49,7 @@ def test_special_ids(made, kind):
 @given(text=MARKED, kind=st.sampled_from(KINDS))
 def test_decoding_is_the_inverse(made, text, kind):
     tokenizer = made[kind]
-    exact = (
-        text.replace("▁", " ") if kind != "bytes" else text
-    )  # SentencePiece writes a space as this character
+    exact = text.replace("▁", " ") if kind != "bytes" else text  # SentencePiece writes a space as this character
     assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == exact
     assert tokenizer.decode(tokenizer.encode_images(text), skip_special=False) == exact
     for special in SPECIAL:
@@ -112,12 +110,8 @@ def test_added_tokens(made, kind):
     tokenizer = made[kind].with_tokens("<im_start>", "</s>", "<im_start>", "<im_end>")
     size = made[kind].size
     assert tokenizer.size == size + 2
-    assert tokenizer.encode("a<im_start>b<im_end>")[-1] == size + 1 and size in tokenizer.encode(
-        "a<im_start>"
-    )
-    assert (
-        tokenizer.fingerprint != made[kind].fingerprint == pickle.loads(pickle.dumps(made[kind])).fingerprint
-    )
+    assert tokenizer.encode("a<im_start>b<im_end>")[-1] == size + 1 and size in tokenizer.encode("a<im_start>")
+    assert tokenizer.fingerprint != made[kind].fingerprint == pickle.loads(pickle.dumps(made[kind])).fingerprint
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,9 +130,7 @@ def test_saved_tokenizers_read_back_equal(made, kind, tmp_path):
 
 def test_settings_of_a_directory(tmp_path):
     described = {"content": "<pad>", "special": True, "lstrip": False, "rstrip": True}
-    llama_directory(
-        tmp_path, False, add_eos_token=True, added_tokens_decoder={"500": described}, pad_token="<pad>"
-    )
+    llama_directory(tmp_path, False, add_eos_token=True, added_tokens_decoder={"500": described}, pad_token="<pad>")
     (tmp_path / "added_tokens.json").write_text('{"<image>": 501}')
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.pad_id == 500 and tokenizer.id_of("<image>") == 501 and tokenizer.size == 502
@@ -169,9 +161,7 @@ def test_expansion_of_images():
     assert expand_images([1, IMAGE, 5, 9, 6], [2, 3], 9) == [1, 9, 9, 5, 9, 9, 9, 6]
 
 
-@pytest.mark.skipif(
-    not (SHARED / "tokenizers/llama2.model").exists(), reason="llama2.model is another project's"
-)
+@pytest.mark.skipif(not (SHARED / "tokenizers/llama2.model").exists(), reason="llama2.model is another project's")
 def test_double_spaces_of_llama():
     """What transformers 5 gets wrong when it reads a bare tokenizer.model."""
     for legacy in (True, False):

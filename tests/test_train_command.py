@@ -35,7 +35,14 @@ def changed(recipe, output, **data):
 
 def convert_flags(source, target, **given):
     names = ("vision", "llm", "projector", "tokenizer", "tower", "dtype")
-    return {"from": str(source), "to": str(target), "names": "hf", "max_shard": "5GB", **dict.fromkeys(names, ""), **given}
+    return {
+        "from": str(source),
+        "to": str(target),
+        "names": "hf",
+        "max_shard": "5GB",
+        **dict.fromkeys(names, ""),
+        **given,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,9 @@ def test_a_run_is_converted_from_its_newest_checkpoint(run, tmp_path):
 
 def test_stage_two_starts_from_the_export_of_stage_one(run, tmp_path):
     recipe = changed(llava15("7b,stage1,smoke"), tmp_path, im_start_end=True)
-    recipe = dataclasses.replace(recipe, init=dataclasses.replace(recipe.init, checkpoint=str(run / "export"), random=False))
+    recipe = dataclasses.replace(
+        recipe, init=dataclasses.replace(recipe.init, checkpoint=str(run / "export"), random=False)
+    )
     result = run_recipe(recipe, progress=False)
     assert result.status == "finished" and set(p.split("/")[0] for p in result.state.trainable) == {"projector"}
 
@@ -96,12 +105,18 @@ def test_bad_records_are_named_before_training_and_bounded(run, tmp_path, capsys
     records = json.loads((run / "data" / "train.json").read_text())
     records[3]["image"] = "lost.png"
     (tmp_path / "mine.json").write_text(json.dumps(records))
-    data = {"path": (str(tmp_path / "mine.json"),), "image_folder": str(run / "data" / "images"), "tokenizer": str(run / "data")}
+    data = {
+        "path": (str(tmp_path / "mine.json"),),
+        "image_folder": str(run / "data" / "images"),
+        "tokenizer": str(run / "data"),
+    }
     recipe = changed(llava15("7b,stage2,smoke"), tmp_path / "run", generated_watches=0, **data)
     assert run_recipe(recipe, progress=False).status == "finished"
     said = capsys.readouterr().err
     assert f"1 of {len(records)} records" in said and "lost.png" in said and "does not exist" in said
-    strict = dataclasses.replace(recipe, output=str(tmp_path / "strict"), train=dataclasses.replace(recipe.train, max_bad_samples=0))
+    strict = dataclasses.replace(
+        recipe, output=str(tmp_path / "strict"), train=dataclasses.replace(recipe.train, max_bad_samples=0)
+    )
     with pytest.raises(UserError, match="train.max_bad_samples"):
         run_recipe(strict, progress=False)
 
@@ -110,11 +125,24 @@ def test_bad_records_are_named_before_training_and_bounded(run, tmp_path, capsys
 def test_a_fake_mesh_trains_to_the_same_loss(tmp_path):
     """The command itself on eight devices, fsdp x tensor, against one device."""
     losses = []
-    for flags, mesh in (("", ()), ("--xla_force_host_platform_device_count=8", ("--config.mesh.fsdp=4", "--config.mesh.tensor=2"))):
+    for flags, mesh in (
+        ("", ()),
+        ("--xla_force_host_platform_device_count=8", ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")),
+    ):
         out = tmp_path / str(len(losses))
-        command = [sys.executable, "-m", "vlm_jax", "train", "--config=configs/llava15.py:7b,stage2,smoke", f"--config.output={out}"]
+        command = [
+            sys.executable,
+            "-m",
+            "vlm_jax",
+            "train",
+            "--config=configs/llava15.py:7b,stage2,smoke",
+            f"--config.output={out}",
+        ]
         done = subprocess.run(
-            [*command, "--config.train.steps=3", *mesh], cwd=ROOT, capture_output=True, text=True,
+            [*command, "--config.train.steps=3", *mesh],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
             env={"PATH": "", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "HOME": str(tmp_path)},
         )
         assert done.returncode == 0, done.stderr

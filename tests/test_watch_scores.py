@@ -78,7 +78,11 @@ def test_true_answers_are_perfect_and_absent_attributes_are_no_division_by_zero(
     assert set(result["score"]) == {"time", "battery"}
     assert {*result["accuracy"].values(), *result["score"].values()} == {1.0}
     only = [q for q in asked if q.attribute == "weather"]
-    assert summarise(only, ["snow"] * len(only)) == {"accuracy": {"weather": 0.0}, "score": {}, "count": {"weather": 30}}
+    assert summarise(only, ["snow"] * len(only)) == {
+        "accuracy": {"weather": 0.0},
+        "score": {},
+        "count": {"weather": 30},
+    }
 
 
 def test_chance_is_what_the_best_constant_answer_scores():
@@ -101,5 +105,8 @@ def test_no_time_that_occurs_beats_the_best_constant(times):
 
 
 def test_a_question_keeps_its_image():
-    record = {"image": "3.png", "conversations": [{"from": "human", "value": "<image>\nHow?"}, {"from": "gpt", "value": "sunny"}]}
+    record = {
+        "image": "3.png",
+        "conversations": [{"from": "human", "value": "<image>\nHow?"}, {"from": "gpt", "value": "sunny"}],
+    }
     assert all_questions([record]) == [Question("3.png", "<image>\nHow?", "sunny", "weather")]

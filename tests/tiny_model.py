@@ -10,7 +10,9 @@ from vlm_jax.data.templates import template
 from vlm_jax.data.tokenizer import load_tokenizer
 from vlm_jax.models import vlm
 
-WORDS = "What is it? Is the watch sunny, cloudy or raining: 12:30:05 and 62% at top-left. Yes no a cat dog one two three"
+WORDS = (
+    "What is it? Is the watch sunny, cloudy or raining: 12:30:05 and 62% at top-left. Yes no a cat dog one two three"
+)
 
 
 def random_params(config):
@@ -31,5 +33,11 @@ def write(folder, texts=(WORDS,)):
         vision=VisionConfig(image_size=12, patch_size=4, width=16, layers=2, heads=2, mlp=32),
         llm=LLMConfig(vocab=vocab, width=32, mlp=64, layers=1, heads=2, kv_heads=2, head_dim=16, max_position=512),
     )
-    export(folder / "model", config, random_params(config), tokenizer=folder / "tokenizer", chat_template=chat_template("v1"))
+    export(
+        folder / "model",
+        config,
+        random_params(config),
+        tokenizer=folder / "tokenizer",
+        chat_template=chat_template("v1"),
+    )
     return folder / "model"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -65,16 +66,28 @@ SAMPLING = (
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a model from a recipe; resumes by itself from the last checkpoint in its output directory",
-        (config, text("coordinator", "", "HOST:PORT of process 0, for clusters that jax.distributed does not recognise"),
-         number("process_id", -1, "index of this process, with --coordinator"), number("process_count", -1, "number of processes, with --coordinator")),
+        (
+            config,
+            text("coordinator", "", "HOST:PORT of process 0, for clusters that jax.distributed does not recognise"),
+            number("process_id", -1, "index of this process, with --coordinator"),
+            number("process_count", -1, "number of processes, with --coordinator"),
+        ),
         "vlm_jax.train.command:train",
     ),
     "generate": Command(
         "answer prompts about images, from the command line or a LLaVA question file",
-        (MODEL, DTYPE, *SAMPLING, many("image", "image file; repeat for several images in one prompt"), text("prompt", "", "the question"),
-         text("questions", "", "JSONL file of {question_id, image, text} instead of --image and --prompt"),
-         text("image_folder", "", "folder of the images in --questions"), text("out", "", "JSONL file for the answers to --questions"),
-         number("batch", 8, "questions answered at once"), number("beams", 1, "beam search width")),
+        (
+            MODEL,
+            DTYPE,
+            *SAMPLING,
+            many("image", "image file; repeat for several images in one prompt"),
+            text("prompt", "", "the question"),
+            text("questions", "", "JSONL file of {question_id, image, text} instead of --image and --prompt"),
+            text("image_folder", "", "folder of the images in --questions"),
+            text("out", "", "JSONL file for the answers to --questions"),
+            number("batch", 8, "questions answered at once"),
+            number("beams", 1, "beam search width"),
+        ),
         "vlm_jax.generate.command:generate",
     ),
     "chat": Command(
@@ -84,20 +97,37 @@ COMMANDS: dict[str, Command] = {
     ),
     "convert": Command(
         "read any LLaVA checkpoint, or parts of one, and write a Hugging Face or original LLaVA directory",
-        (text("from", "", "LLaVA checkpoint directory (HF or original) or training run"), text("to", None, "directory to write"),
-         text("vision", "", "CLIP or SigLIP directory that replaces the tower"), text("llm", "", "Llama-family directory that replaces the LLM"),
-         text("projector", "", "mm_projector.bin or safetensors that replaces the projector"), text("dtype", "", "bfloat16, float16 or float32; default: as read"),
-         text("names", "hf", "tensor names to write: hf, llava (original) or source (as read)"), text("max_shard", "5GB", "largest weight file"),
-         text("tokenizer", "", "folder whose tokenizer is written instead of the one read"),
-         text("tower", "", "what an original LLaVA config.json shall name as mm_vision_tower")),
+        (
+            text("from", "", "LLaVA checkpoint directory (HF or original) or training run"),
+            text("to", None, "directory to write"),
+            text("vision", "", "CLIP or SigLIP directory that replaces the tower"),
+            text("llm", "", "Llama-family directory that replaces the LLM"),
+            text("projector", "", "mm_projector.bin or safetensors that replaces the projector"),
+            text("dtype", "", "bfloat16, float16 or float32; default: as read"),
+            text("names", "hf", "tensor names to write: hf, llava (original) or source (as read)"),
+            text("max_shard", "5GB", "largest weight file"),
+            text("tokenizer", "", "folder whose tokenizer is written instead of the one read"),
+            text("tower", "", "what an original LLaVA config.json shall name as mm_vision_tower"),
+        ),
         "vlm_jax.train.export:convert",
     ),
     "evaluate": Command(
         "score a model on a benchmark",
-        (MODEL, DTYPE, text("task", None, "benchmark, e.g. smartwatch"), text("data", None, "file or folder of the benchmark"),
-         text("out", "", "JSON file for scores and answers"), number("batch", 16, "questions answered at once"), number("limit", 0, "first records only; 0 is all"),
-         text("history", "true", "before the later questions of a dialogue: the true answers, the model's own, or none"),
-         text("template", "", "conversation template; default: the one of the model")),
+        (
+            MODEL,
+            DTYPE,
+            text("task", None, "benchmark, e.g. smartwatch"),
+            text("data", None, "file or folder of the benchmark"),
+            text("out", "", "JSON file for scores and answers"),
+            number("batch", 16, "questions answered at once"),
+            number("limit", 0, "first records only; 0 is all"),
+            text(
+                "history",
+                "true",
+                "before the later questions of a dialogue: the true answers, the model's own, or none",
+            ),
+            text("template", "", "conversation template; default: the one of the model"),
+        ),
         "vlm_jax.evaluate.command:evaluate",
     ),
     "quickstart": Command(
@@ -129,7 +159,9 @@ def find_config(arguments: list[str]) -> list[str]:
     out = []
     for i, a in enumerate(arguments):
         is_value = i > 0 and arguments[i - 1] in ("--config", "-config")
-        prefix, value = ("", a) if is_value else a.split("=", 1) if a.startswith(("--config=", "-config=")) else ("", "")
+        prefix, value = (
+            ("", a) if is_value else a.split("=", 1) if a.startswith(("--config=", "-config=")) else ("", "")
+        )
         path, _, words = value.partition(":")
         if path and not os.path.exists(path) and (CONFIGS / Path(path).name).exists():
             value = f"{CONFIGS / Path(path).name}" + (f":{words}" if words else "")
@@ -203,7 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"vlm_jax: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a folder that cannot be written, a disk that is full; without a file name it is none of the user's
+    except (
+        OSError
+    ) as error:  # a folder that cannot be written, a disk that is full; without a file name it is none of the user's
         if error.filename is None:
             raise
         print(f"vlm_jax: {error.filename}: {error.strerror}", file=sys.stderr)

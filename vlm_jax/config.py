@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 IMAGE = -200  # stands in `Sample.tokens` where an image is (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # label that carries no loss
@@ -78,7 +79,9 @@ class VisionConfig:
             raise ConfigError("vision.feature_layers is empty: name at least one hidden state, e.g. (-2,)")
         one_of("vision.select", self.select, ("patch", "full"))
         if self.kind == "siglip" and self.select == "patch":
-            raise ConfigError("vision.select=patch drops the first token, but SigLIP has no class token: use vision.select=full")
+            raise ConfigError(
+                "vision.select=patch drops the first token, but SigLIP has no class token: use vision.select=full"
+            )
         if self.width % self.heads:
             raise ConfigError(f"vision.width={self.width} is not a multiple of vision.heads={self.heads}")
         for i in self.feature_layers:
@@ -125,7 +128,7 @@ class ProjectorConfig:
     bias: bool = True
 
     def __post_init__(self):
-        self.depth  # raises on an unknown kind
+        _ = self.depth  # raises on an unknown kind
         one_of("projector.act", self.act, ACTIVATIONS)
 
     @property
@@ -208,7 +211,9 @@ class VLMConfig:
         one_of("model.aspect", self.aspect, ("square", "pad", "anyres"))
         one_of("model.merge", self.merge, ("flat", "spatial", "spatial_unpad"))
         if self.merge == "spatial_unpad" and not self.image_newline:
-            raise ConfigError("model.merge=spatial_unpad ends every row with the image_newline embedding: set model.image_newline=True")
+            raise ConfigError(
+                "model.merge=spatial_unpad ends every row with the image_newline embedding: set model.image_newline=True"
+            )
         if self.aspect == "anyres" and not self.pinpoints:
             raise ConfigError("model.aspect=anyres needs model.pinpoints, the (width, height) grids to choose from")
 

@@ -58,7 +58,9 @@ def quickstart(out: str = "", config: Any = None) -> int:
     report.draw_curves(lines, folder / "loss.png")
     report.write_summary(folder / "summary.json", summary)
     report.write_page(page, summary, answered["answers"], test / "images", folder / "loss.png")
-    print(f"\n{table(answered)}\n\n{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training")
+    print(
+        f"\n{table(answered)}\n\n{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training"
+    )
     print(f"report: {page.resolve()}")
     return 0
 
@@ -71,12 +73,16 @@ def ask(folder: Path, test: Path) -> dict[str, Any]:
     return smartwatch(model, test, history="own", reference=reference)
 
 
-def summarise(recipe: Recipe, folder: Path, lines: list[dict[str, Any]], answered: dict[str, Any], started: float) -> dict[str, Any]:
+def summarise(
+    recipe: Recipe, folder: Path, lines: list[dict[str, Any]], answered: dict[str, Any], started: float
+) -> dict[str, Any]:
     """What summary.json holds; see the README for its keys."""
     windows = [line for line in lines if "tokens_per_second" in line]
     slots = sum(line["slots"] for line in lines)
     saved = recipes.load(folder / "config.json")
-    training = sum(w["seconds_per_step"] * (w["step"] - before) for w, before in zip(windows, [0, *(w["step"] for w in windows)]))
+    training = sum(
+        w["seconds_per_step"] * (w["step"] - before) for w, before in zip(windows, [0, *(w["step"] for w in windows)])
+    )
     return {
         "seconds": time.time() - started,
         "training_seconds": training,
@@ -87,7 +93,11 @@ def summarise(recipe: Recipe, folder: Path, lines: list[dict[str, Any]], answere
         "loss": lines[-1]["loss"],
         "held_out_watches": answered["count"].get("weather", 0),
         **{key: answered[key] for key in ("accuracy", "score", "chance", "count")},
-        "machine": {"devices": [d.device_kind for d in jax.devices()], "cpus": os.cpu_count(), "processor": platform.machine()},
+        "machine": {
+            "devices": [d.device_kind for d in jax.devices()],
+            "cpus": os.cpu_count(),
+            "processor": platform.machine(),
+        },
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "recipe": {"train": dataclasses.asdict(recipe.train), "watches": recipe.data.generated_watches},
     }

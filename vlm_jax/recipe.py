@@ -13,7 +13,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict as placeholders
+from ml_collections import ConfigDict
+from ml_collections import config_dict as placeholders
 
 from vlm_jax.config import ConfigError, VLMConfig, from_dict, to_dict
 from vlm_jax.data.options import DataConfig

@@ -14,22 +14,48 @@ def shrink(recipe: Recipe) -> Recipe:
     m, d, t = recipe.model, recipe.data, recipe.train
     last = min(m.vision.feature_layers)
     vision = dataclasses.replace(
-        m.vision, image_size=56, patch_size=14, width=32, heads=2, mlp=64, layers=2 if last >= -3 else 4,
+        m.vision,
+        image_size=56,
+        patch_size=14,
+        width=32,
+        heads=2,
+        mlp=64,
+        layers=2 if last >= -3 else 4,
         feature_layers=tuple(max(i, -3) if i < 0 else min(i, 2) for i in m.vision.feature_layers),
     )
     heads = 4
     kv_heads = heads if m.llm.kv_heads == m.llm.heads else 2
-    llm = dataclasses.replace(m.llm, vocab=VOCABULARY, width=64, mlp=128, layers=2, heads=heads, kv_heads=kv_heads, head_dim=16)
+    llm = dataclasses.replace(
+        m.llm, vocab=VOCABULARY, width=64, mlp=128, layers=2, heads=heads, kv_heads=kv_heads, head_dim=16
+    )
     unpacked = d.max_samples == 1
     data = dataclasses.replace(
-        d, path=(), generated_watches=48, generated_task="caption" if d.template == "plain" else "rounds", threads=2,
-        row_length=384 if unpacked else 768, sample_length=384, views_per_row=1 if unpacked else 4,
+        d,
+        path=(),
+        generated_watches=48,
+        generated_task="caption" if d.template == "plain" else "rounds",
+        threads=2,
+        row_length=384 if unpacked else 768,
+        sample_length=384,
+        views_per_row=1 if unpacked else 4,
     )
     train = dataclasses.replace(
-        t, steps=6, global_batch=8, log_every=1, save_every=3, loss_chunk=64,
-        dtype="float32", vision_dtype="float32", frozen_dtype="float32", remat="none",
+        t,
+        steps=6,
+        global_batch=8,
+        log_every=1,
+        save_every=3,
+        loss_chunk=64,
+        dtype="float32",
+        vision_dtype="float32",
+        frozen_dtype="float32",
+        remat="none",
     )
     return dataclasses.replace(
-        recipe, model=dataclasses.replace(m, vision=vision, llm=llm), data=data, train=train, init=InitConfig(random=True),
+        recipe,
+        model=dataclasses.replace(m, vision=vision, llm=llm),
+        data=data,
+        train=train,
+        init=InitConfig(random=True),
         output=f"{recipe.output}_smoke",
     )

@@ -6,7 +6,7 @@ from vlm_jax.config import ConfigError
 
 
 def read_words(text: str, flags: tuple[str, ...] = (), **choices: tuple[str, ...]) -> dict[str, str]:
-    """"13b,smoke" -> {"size": "13b", "stage": its first choice, "smoke": "smoke"}; ConfigError names a word that means nothing.
+    """ "13b,smoke" -> {"size": "13b", "stage": its first choice, "smoke": "smoke"}; ConfigError names a word that means nothing.
 
     choices: name=(first is the default, ...), of which at most one word may be given; flags: words that may be present or not.
     """

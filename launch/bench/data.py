@@ -39,12 +39,17 @@ def lengths_and_views(samples: int, limit: int = 2048) -> tuple[np.ndarray, np.n
 def bench_plan(samples: int) -> None:
     """Seconds to plan an epoch, and how full its rows are."""
     lengths, views = lengths_and_views(samples)
-    print(f"{samples} samples, mean {lengths.mean():.0f} slots\n\n| row length | views per row | seconds | rows | full |\n|---|---|---|---|---|")
+    print(
+        f"{samples} samples, mean {lengths.mean():.0f} slots\n\n"
+        "| row length | views per row | seconds | rows | full |\n|---|---|---|---|---|"
+    )
     for row_length, budget in ((2048, 3), (4096, 6), (8192, 12)):
         began = time.perf_counter()
         made = plan(lengths, views, row_length, budget, 0, 0)
         seconds = time.perf_counter() - began
-        print(f"| {row_length} | {budget} | {seconds:.2f} | {len(made)} | {lengths.sum() / (len(made) * row_length):.1%} |")
+        print(
+            f"| {row_length} | {budget} | {seconds:.2f} | {len(made)} | {lengths.sum() / (len(made) * row_length):.1%} |"
+        )
 
 
 def bench_images(count: int) -> None:
@@ -53,7 +58,9 @@ def bench_images(count: int) -> None:
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (480, 640, 3), np.uint8)).save(buffer, "JPEG", quality=90)
     source = ImageSource("noise.jpg", data=buffer.getvalue())
-    print(f"\n{count} JPEGs of 640 x 480, {len(buffer.getvalue()) / 1000:.0f} kB\n\n| mode | images per CPU second |\n|---|---|")
+    print(
+        f"\n{count} JPEGs of 640 x 480, {len(buffer.getvalue()) / 1000:.0f} kB\n\n| mode | images per CPU second |\n|---|---|"
+    )
     for aspect in ("square", "pad"):
         how = Preprocess.of(VLMConfig(aspect=aspect))
         began = time.process_time()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_jax.nn import attention as module
 from vlm_jax.config import ATTENTIONS
+from vlm_jax.nn import attention as module
 from vlm_jax.nn.attention import Mask, attention, choose, refusal
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
@@ -42,8 +42,11 @@ def by_hand(q, k, v, segments, causal, window):
         for n in range(N):
             for t in range(T):
                 seen = [
-                    s for s in range(k.shape[1])
-                    if segments[b, s] == segments[b, t] and (not causal or s <= t) and (window is None or s > t - window)
+                    s
+                    for s in range(k.shape[1])
+                    if segments[b, s] == segments[b, t]
+                    and (not causal or s <= t)
+                    and (window is None or s > t - window)
                 ]
                 g = n // (N // k.shape[2])
                 scores = np.array([q[b, t, n] @ k[b, s, g] for s in seen]) / np.sqrt(H)
@@ -69,7 +72,9 @@ def test_chunked_equals_dense_with_gradients(window, monkeypatch):
     bias = jax.random.normal(jax.random.key(5), (1, 4, 24, 24))
 
     def run(impl):
-        return jax.value_and_grad(lambda q, k, v: (attention(q, k, v, Mask(True, window, ids, ids, bias=bias), impl) ** 2).sum(), (0, 1, 2))(q, k, v)
+        return jax.value_and_grad(
+            lambda q, k, v: (attention(q, k, v, Mask(True, window, ids, ids, bias=bias), impl) ** 2).sum(), (0, 1, 2)
+        )(q, k, v)
 
     (a, ga), (b, gb) = run("dense"), run("chunked")
     np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -143,5 +148,10 @@ def test_auto_only_chooses_what_is_exact():
         for dtype in (jnp.float32, jnp.bfloat16):
             for slots in (1, 577, 1024, 2048):
                 q, k, _ = (jax.ShapeDtypeStruct((1, slots, 2, 128), dtype) for _ in range(3))
-                for mask in (Mask(True), Mask(True, 8), Mask(bias=jnp.zeros((1, 1, 1, 1))), Mask(q_offset=jnp.asarray(3))):
+                for mask in (
+                    Mask(True),
+                    Mask(True, 8),
+                    Mask(bias=jnp.zeros((1, 1, 1, 1))),
+                    Mask(q_offset=jnp.asarray(3)),
+                ):
                     assert refusal(choose(q, k, mask, platform), q, k, mask) is None

@@ -91,10 +91,7 @@ def test_missing_images_are_skipped_and_counted(tmp_path):
 def test_a_truncated_jpeg_becomes_padding_and_the_limit_stops_the_run(tmp_path, caplog):
     paths = [*write_images(tmp_path), str(jpeg(tmp_path / "cut.jpg"))]
     records = make_records(paths)
-    whole = {
-        int(b["step"]): b
-        for b in [{"step": s, **b} for s, b in Batches(Rows(records, encode, TINY, SMALL), 2)]
-    }
+    whole = {int(b["step"]): b for b in [{"step": s, **b} for s, b in Batches(Rows(records, encode, TINY, SMALL), 2)]}
     truncate(tmp_path / "cut.jpg")
     hurt = [i for i, r in enumerate(records) if paths[-1] in r["images"]]
     rows = Rows(records, encode, TINY, SMALL)
@@ -103,9 +100,7 @@ def test_a_truncated_jpeg_becomes_padding_and_the_limit_stops_the_run(tmp_path, 
         broken = (batch["segments"] == 0) & (whole[step]["segments"] > 0)
         assert (batch["weights"][broken] == 0).all() and (batch["image_slots"][broken] == -1).all()
         for name in ("tokens", "targets", "weights", "positions", "segments", "image_slots"):
-            assert (batch[name][~broken] == whole[step][name][~broken]).all(), (
-                "its neighbours in the row are untouched"
-            )
+            assert (batch[name][~broken] == whole[step][name][~broken]).all(), "its neighbours in the row are untouched"
     assert sorted(rows.broken) == hurt and rows.bad_count == len(hurt) > 1
     assert all("cut.jpg of record" in sentence for sentence in rows.broken.values())
     assert sum("cut.jpg" in m for m in caplog.messages) == len(hurt), "each is logged once, by name"
@@ -136,9 +131,7 @@ def test_a_malformed_record_is_skipped_and_counted(tmp_path):
             raise ValueError("data.json: record 5 has no conversations")
         return encode(record)
 
-    assert Rows(records, picky, TINY, SMALL).manifest.notes == (
-        (5, BAD, "data.json: record 5 has no conversations"),
-    )
+    assert Rows(records, picky, TINY, SMALL).manifest.notes == ((5, BAD, "data.json: record 5 has no conversations"),)
     with pytest.raises(DataError, match="max_bad_samples=0; .*record 5 has no conversations"):
         Rows(records, picky, TINY, Packing(row_length=64, view_budget=4, max_bad=0))
     with pytest.raises(DataError, match="none of the 1 records"):

@@ -70,9 +70,7 @@ BROKEN = {
 def written(folder, raw, suffix):
     file = folder / f"data.{suffix}"
     file.write_text(
-        json.dumps([GOOD, raw, GOOD])
-        if suffix == "json"
-        else "\n".join(map(json.dumps, (GOOD, raw, GOOD))) + "\n\n"
+        json.dumps([GOOD, raw, GOOD]) if suffix == "json" else "\n".join(map(json.dumps, (GOOD, raw, GOOD))) + "\n\n"
     )
     return file
 
@@ -141,9 +139,7 @@ def test_image_in_a_turn_that_is_not_trained_on(tmp_path):
 
 
 def test_unknown_template():
-    with pytest.raises(
-        TemplateError, match="template 'vicuna_v9' is unknown: use one of default, v0, v1, vicuna_v1"
-    ):
+    with pytest.raises(TemplateError, match="template 'vicuna_v9' is unknown: use one of default, v0, v1, vicuna_v1"):
         template("vicuna_v9")
 
 
@@ -170,9 +166,7 @@ def test_tokenizer_of_another_model(tmp_path, vocab, directory):
     with pytest.raises(TokenizerError) as caught:
         check_vocabulary(tokenizer, vocab, "the checkpoint")
     message = str(caught.value)
-    assert (
-        str(tmp_path) in message and f"{tokenizer.size} tokens" in message and f"llm.vocab={vocab}" in message
-    )
+    assert str(tmp_path) in message and f"{tokenizer.size} tokens" in message and f"llm.vocab={vocab}" in message
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])

@@ -92,7 +92,11 @@ def test_cached_decoding_is_repeated_full_forward(params, alone):
 
 
 @settings(max_examples=12, deadline=None)
-@given(order=st.permutations(range(len(PROMPTS))), count=st.integers(1, len(PROMPTS)), batch_size=st.sampled_from([2, 4, 8]))
+@given(
+    order=st.permutations(range(len(PROMPTS))),
+    count=st.integers(1, len(PROMPTS)),
+    batch_size=st.sampled_from([2, 4, 8]),
+)
 def test_batch_and_order_do_not_matter(params, alone, order, count, batch_size):
     chosen = order[:count]
     together = Generator(CONFIG, params, batch_size=batch_size).tokens([PROMPTS[i] for i in chosen], Decoding(NEW))
@@ -130,7 +134,11 @@ def test_packed_prompts_continue_as_padded_ones(params, alone):
 
 
 def test_sampling_depends_on_prompt_and_seed_only(params):
-    how, prompts, seeds = Decoding(NEW, temperature=1.2, top_k=40, top_p=0.95), [PROMPTS[i] for i in (0, 1, 4)], [5, 6, 7]
+    how, prompts, seeds = (
+        Decoding(NEW, temperature=1.2, top_k=40, top_p=0.95),
+        [PROMPTS[i] for i in (0, 1, 4)],
+        [5, 6, 7],
+    )
     apart = Generator(CONFIG, params, batch_size=1).tokens(prompts, how, seeds)
     together = Generator(CONFIG, params).tokens(prompts[::-1], how, seeds[::-1])[::-1]
     assert together == apart
@@ -170,7 +178,9 @@ def test_beam_of_one_is_greedy_and_wider_ones_do_not_mix_prompts(params, alone):
     assert generator.tokens(few, wide) == [generator.tokens([p], wide)[0] for p in few]
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 4, "seq": 2}])
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 4, "seq": 2}]
+)
 def test_mesh_does_not_matter(params, alone, sizes):
     mesh = make_mesh(MeshConfig(**sizes))
     generator = Generator(CONFIG, params, mesh=mesh)

@@ -33,8 +33,7 @@ def each(test):
 def contents(directory: Path) -> dict[str, tuple]:
     """{key: (dtype, shape, bytes)} of a model directory."""
     return {
-        name: (str(t.dtype), t.shape, t.read(full(t.shape)).tobytes())
-        for name, t in read_directory(directory).items()
+        name: (str(t.dtype), t.shape, t.read(full(t.shape)).tobytes()) for name, t in read_directory(directory).items()
     }
 
 
@@ -44,9 +43,7 @@ def test_round_trip_is_byte_equal(directory, tmp_path):
     for max_shard in (5 * 10**9, 30_000):
         export(tmp_path, source.config, source.leaves, names="source", source=source, max_shard=max_shard)
         assert contents(tmp_path) == contents(directory)
-        assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-            (directory / "config.json").read_text()
-        )
+        assert json.loads((tmp_path / "config.json").read_text()) == json.loads((directory / "config.json").read_text())
 
 
 @each
@@ -56,9 +53,7 @@ def test_every_naming_holds_the_same_parameters(directory, tmp_path):
     for naming in [n for n in NAMINGS if n != "llava"]:
         export(tmp_path / naming, source.config, source.leaves, names=naming, source=source)
         back = open_checkpoint(tmp_path / naming)
-        assert (
-            back.naming == naming and back.config == source.config and back.image_token == source.image_token
-        )
+        assert back.naming == naming and back.config == source.config and back.image_token == source.image_token
         for path, value in want.items():
             assert back.read(path).tobytes() == value.tobytes(), path
 
@@ -73,15 +68,11 @@ def test_transformers_loads_what_we_write(directory, tmp_path):
     theirs = LlavaForConditionalGeneration.from_pretrained(directory).state_dict()
     for names in ("source", "hf"):
         export(tmp_path / names, source.config, source.leaves, names=names, source=source, max_shard=40_000)
-        model, info = LlavaForConditionalGeneration.from_pretrained(
-            tmp_path / names, output_loading_info=True
-        )
+        model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / names, output_loading_info=True)
         assert not any(info.values()), info
         ours = model.state_dict()
         assert ours.keys() == theirs.keys()
-        assert all(
-            ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in theirs
-        )
+        assert all(ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

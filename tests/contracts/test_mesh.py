@@ -37,9 +37,7 @@ def run_on(mesh, config=EXACT):
         where = vlm.shardings(MODEL)
         params = {k: jax.device_put(v, where[k]) for k, v in Weights().arrays.items()}
         chosen = states.select(config.trainable, params)
-        trainable, frozen = (
-            {k: v for k, v in params.items() if (k in chosen) == side} for side in (True, False)
-        )
+        trainable, frozen = ({k: v for k, v in params.items() if (k in chosen) == side} for side in (True, False))
         rows = split_micro_batches(batch(0), config.accum)
         arrays = hosts.to_devices(rows, batch_shardings({k: v.shape for k, v in rows.items()}))
         grads, sums = jax.jit(functools.partial(loss_and_gradients, MODEL, config))(trainable, frozen, arrays)
@@ -78,9 +76,7 @@ def test_seven_billion_parameters_start_sharded():
     with rules.use(mesh_of(MeshConfig(fsdp=4, tensor=2))):
         goal = states.abstract(model, config)
         init = states.initialiser(model, config).lower().compile()
-        start = jax.jit(
-            optimizer.moments(config).init, out_shardings=states.shardings(model, config).opt_state
-        )
+        start = jax.jit(optimizer.moments(config).init, out_shardings=states.shardings(model, config).opt_state)
         compiled = start.lower(goal.trainable).compile()
     for path, sharding in init.output_shardings.items():
         assert sharding.is_equivalent_to(goal.params[path].sharding, len(goal.params[path].shape)), path
@@ -98,9 +94,7 @@ def test_every_array_of_the_state_keeps_its_sharding_through_a_step():
         shapes = {k: v.shape for k, v in rows.items()}
         step = make_step(MODEL, EXACT, shapes)
         for _ in range(2):
-            jax.tree.map(
-                lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), state, where
-            )
+            jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), state, where)
             state, _ = step(state, hosts.to_devices(rows, batch_shardings(shapes)), np.float32(1))
         assert int(state.step) == 2
         kernel = state.opt_state.mu["llm/blocks/mlp/up/kernel"]
@@ -134,9 +128,7 @@ def test_rows_that_do_not_divide_among_the_devices():
 
 
 def test_a_pattern_that_trains_nothing():
-    with pytest.raises(
-        ConfigError, match=r"'\^projektor/', which matches no parameter: there are .*projector"
-    ):
+    with pytest.raises(ConfigError, match=r"'\^projektor/', which matches no parameter: there are .*projector"):
         states.select(("^projektor/",), vlm.shapes(MODEL))
 
 
@@ -151,9 +143,7 @@ def test_adam_is_the_published_one():
     m, v = ({p: np.zeros(s) for p, s in paths.items()} for _ in range(2))
     for t in (1, 2):
         grads = {p: rng.normal(size=s) for p, s in paths.items()}
-        steps, state, norm = optimizer.updates(
-            config, {p: np.float32(g) for p, g in grads.items()}, state, ours, 0.7
-        )
+        steps, state, norm = optimizer.updates(config, {p: np.float32(g) for p, g in grads.items()}, state, ours, 0.7)
         ours = optax.apply_updates(ours, steps)
         whole = np.sqrt(sum((g**2).sum() for g in grads.values()))
         assert abs(float(norm) - whole) < 1e-5

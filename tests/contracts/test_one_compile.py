@@ -34,9 +34,7 @@ def test_an_epoch_of_mixed_rows_compiles_once(tmp_path):
     made = [batch(step, rows=2) for step in range(12)]
     contents = {(m["segments"].max(), np.count_nonzero(m["image_slots"] >= 0)) for m in made}
     assert len(contents) > 4, "the batches of this test must differ in what they hold"
-    config = dataclasses.replace(
-        EXACT, trainable=STAGE1, global_batch=2, steps=12, log_every=3, save_every=100
-    )
+    config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=2, steps=12, log_every=3, save_every=100)
     asked = []  # compilations so far, each time a batch is read
 
     def watched(start, state):
@@ -54,9 +52,7 @@ def test_an_epoch_of_mixed_rows_compiles_once(tmp_path):
 
 
 def test_a_profile_and_one_line_per_update(tmp_path):
-    config = dataclasses.replace(
-        EXACT, trainable=STAGE1, global_batch=2, steps=5, log_every=4, profile=(2, 3)
-    )
+    config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=2, steps=5, log_every=4, profile=(2, 3))
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     made = [(step, batch(step, rows=2)) for step in range(5)]
     result = train(

@@ -18,10 +18,7 @@ def lay_out(groups, slots=24, rows=6):
     """The samples as rows that hold those of each group, filled up with empty rows."""
     made = []
     for group in groups + [[]] * (rows - len(groups)):
-        row = {
-            k: np.zeros(slots, np.int32)
-            for k in ("tokens", "image_slots", "targets", "segments", "positions")
-        }
+        row = {k: np.zeros(slots, np.int32) for k in ("tokens", "image_slots", "targets", "segments", "positions")}
         row["image_slots"] -= 1
         row |= {"weights": np.zeros(slots, np.float32), "images": np.zeros((VIEWS, 28, 28, 3), np.uint8)}
         at = view = 0
@@ -57,6 +54,4 @@ def test_packed_equals_unpacked(groups):
 
 def test_the_samples_of_a_row_matter():
     """The comparison above could fail: another sample in the row changes the loss."""
-    assert (
-        abs(float(evaluate()(ROWS)[1]["loss"]) - float(evaluate()([[0, 1], [3, 4], [5]])[1]["loss"])) > 1e-4
-    )
+    assert abs(float(evaluate()(ROWS)[1]["loss"]) - float(evaluate()([[0, 1], [3, 4], [5]])[1]["loss"])) > 1e-4

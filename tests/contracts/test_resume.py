@@ -35,17 +35,12 @@ def wait_for_step(folder, step, process, seconds=300):
         if any(line["step"] >= step for line in read_metrics(folder)):
             return
         time.sleep(0.02)
-    pytest.fail(
-        f"step {step} was not reached: {process.stdout.read() if process.poll() is not None else 'too slow'}"
-    )
+    pytest.fail(f"step {step} was not reached: {process.stdout.read() if process.poll() is not None else 'too slow'}")
 
 
 def curve(folder):
     """What must not depend on interruptions: everything but the speeds."""
-    return [
-        (m["step"], m["lr"], m["loss"], m["grad_norm"], m["param_norm"], m["slots"])
-        for m in read_metrics(folder)
-    ]
+    return [(m["step"], m["lr"], m["loss"], m["grad_norm"], m["param_norm"], m["slots"]) for m in read_metrics(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +83,5 @@ def test_a_finished_run_says_so(undisturbed):
     process = start(undisturbed)
     text = finish(process)
     assert process.returncode == 0
-    assert (
-        f"is finished: all {STEPS} steps are done" in text and f"ended: already finished at {STEPS}" in text
-    )
+    assert f"is finished: all {STEPS} steps are done" in text and f"ended: already finished at {STEPS}" in text
     assert curve(undisturbed) == before

@@ -20,8 +20,7 @@ SPATIAL = dataclasses.replace(ANYRES, merge="spatial")
 
 
 def brute_map(width, height, config):
-    """Maps of feature indices by loops over tiles and patches, for every grid of the right number of tiles.
-    """
+    """Maps of feature indices by loops over tiles and patches, for every grid of the right number of tiles."""
     side, views = config.vision.grid, views_of_image(width, height, config)
     shapes = {(w // config.vision.image_size, h // config.vision.image_size) for w, h in config.pinpoints}
     for columns, rows in shapes:
@@ -96,9 +95,7 @@ def samples(draw):
     for place in sorted((draw(st.integers(0, text)) for _ in sizes), reverse=True):
         tokens.insert(place, IMAGE)
     tokens = np.array(tokens, np.int32)
-    said = np.array(draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))) & (
-        tokens != IMAGE
-    )
+    said = np.array(draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))) & (tokens != IMAGE)
     return Sample(tokens, np.where(said, tokens, IGNORE).astype(np.int32), tuple(map(str, sizes))), sizes
 
 

@@ -64,9 +64,7 @@ VARIANTS = {
         high_freq_factor=4.0,
         theta=5e5,
     ),
-    "no_projector_bias": dataclasses.replace(
-        TINY, projector=ProjectorConfig("mlp2x_gelu", "gelu_tanh", bias=False)
-    ),
+    "no_projector_bias": dataclasses.replace(TINY, projector=ProjectorConfig("mlp2x_gelu", "gelu_tanh", bias=False)),
 }
 
 
@@ -84,8 +82,7 @@ def random_params(config: VLMConfig, seed: int = 0) -> dict[str, np.ndarray]:
             (entry.layer, scale.astype(np.float32).reshape(entry.layout.shape(entry.shape)))
         )
     return {
-        path: parts[0][1] if parts[0][0] is None else np.stack([p for _, p in parts])
-        for path, parts in stacks.items()
+        path: parts[0][1] if parts[0][0] is None else np.stack([p for _, p in parts]) for path, parts in stacks.items()
     }
 
 
@@ -115,9 +112,7 @@ def llm_directory(directory: Path, config: VLMConfig = TINY, seed: int = 0) -> P
     return write_tensors(directory, tensors, llm_to_hf(config.llm) | {"bos_token_id": 1, "eos_token_id": 2})
 
 
-def tower_directory(
-    directory: Path, config: VLMConfig = TINY, seed: int = 1, prefix: str = "vision_model."
-) -> Path:
+def tower_directory(directory: Path, config: VLMConfig = TINY, seed: int = 1, prefix: str = "vision_model.") -> Path:
     """A CLIP or SigLIP tower on its own, as a full CLIP checkpoint holds it."""
     tensors = random_tensors(config, ("tower",), {"tower": prefix}, seed)
     tensors["logit_scale"] = np.zeros((), np.float32)

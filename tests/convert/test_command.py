@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 
 from tests.convert.models import (
-    CLIP, LLAMA, SIGLIP, TINY, VARIANTS, llm_directory, random_params, random_tensors, tower_directory,
-    with_llm, write_tensors,
+    CLIP,
+    LLAMA,
+    SIGLIP,
+    TINY,
+    VARIANTS,
+    llm_directory,
+    random_params,
+    random_tensors,
+    tower_directory,
+    with_llm,
+    write_tensors,
 )  # fmt: skip
 from vlm_jax.config import ProjectorConfig
 from vlm_jax.convert import torch_pickle
@@ -86,9 +95,7 @@ def test_original_llava_through_hf_and_back(tmp_path):
     params = {path: leaf.read() for path, leaf in first.leaves.items()}
     assert_same(hf, params, rows=104)
     mean = params["llm/embed/embedding"].mean(0)
-    np.testing.assert_allclose(
-        hf.read("llm/embed/embedding")[104:], np.broadcast_to(mean, (24, 32)), atol=1e-6
-    )
+    np.testing.assert_allclose(hf.read("llm/embed/embedding")[104:], np.broadcast_to(mean, (24, 32)), atol=1e-6)
     np.testing.assert_allclose(
         hf.read("llm/head/kernel")[:, 104:].T,
         np.broadcast_to(params["llm/head/kernel"].mean(1), (24, 32)),
@@ -127,14 +134,10 @@ def test_another_tower_gets_its_own_image_processor(tmp_path):
 
 @pytest.mark.parametrize("tower", [CLIP, SIGLIP])
 def test_parts_put_together(tmp_path, tower):
-    config = dataclasses.replace(
-        TINY, vision=dataclasses.replace(tower, mean=(0.5, 0.4, 0.3), feature_layers=(-1,))
-    )
+    config = dataclasses.replace(TINY, vision=dataclasses.replace(tower, mean=(0.5, 0.4, 0.3), feature_layers=(-1,)))
     params = random_params(config, 3)
     llm, vision = llm_directory(tmp_path / "llm"), tower_directory(tmp_path / "tower", config)
-    write_json(
-        vision / "preprocessor_config.json", {"image_mean": [0.5, 0.4, 0.3], "image_std": list(tower.std)}
-    )
+    write_json(vision / "preprocessor_config.json", {"image_mean": [0.5, 0.4, 0.3], "image_std": list(tower.std)})
     stage1 = tmp_path / "stage1"
     stage1.mkdir()
     export_projector(stage1 / "mm_projector.bin", config, params, dtype="bf16")
@@ -184,9 +187,7 @@ def test_partial_and_placed(tmp_path):
         open_checkpoint(llm)
     wanted = with_llm(vocab=110)
     opened = open_checkpoint(llm, vision=vision, config=wanted, vocab=110, partial=True)
-    assert set(opened.missing) == {
-        f"projector/layer_{i}/{part}" for i in (0, 1) for part in ("kernel", "bias")
-    }
+    assert set(opened.missing) == {f"projector/layer_{i}/{part}" for i in (0, 1) for part in ("kernel", "bias")}
     seen = []
 
     def place(path, shape, dtype, read):
@@ -206,15 +207,9 @@ def test_export_of_a_trained_model_with_its_tokenizer(tmp_path):
     config, params = with_llm(vocab=18), random_params(with_llm(vocab=18))
     for path in [p for p in params if p.startswith("tower/unused/")]:
         del params[path]
-    export(
-        tmp_path / "x", config, params, tokenizer=tmp_path / "tokenizer", dtype="bf16", chat_template="hello"
-    )
+    export(tmp_path / "x", config, params, tokenizer=tmp_path / "tokenizer", dtype="bf16", chat_template="hello")
     raw = json.loads((tmp_path / "x" / "config.json").read_text())
-    assert (
-        raw["torch_dtype"] == "bfloat16"
-        and raw["pad_token_id"] == 3
-        and raw["text_config"]["eos_token_id"] == 2
-    )
+    assert raw["torch_dtype"] == "bfloat16" and raw["pad_token_id"] == 3 and raw["text_config"]["eos_token_id"] == 2
     assert (tmp_path / "x" / "chat_template.jinja").read_text() == "hello"
     back = open_checkpoint(tmp_path / "x")
     size = len(json.loads((tmp_path / "x" / "tokenizer.json").read_text())["model"]["vocab"])
@@ -243,7 +238,9 @@ def test_the_command(tmp_path, capsys):
     assert convert(**{"from": str(tmp_path / "y"), "to": str(tmp_path / "mm_projector.bin")}) == 0
     assert len(torch_pickle.read_tensors(tmp_path / "mm_projector.bin")) == 4
     (tmp_path / "run" / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="run is a training run without an export: write one with python -m vlm_jax convert"):
+    with pytest.raises(
+        CheckpointError, match="run is a training run without an export: write one with python -m vlm_jax convert"
+    ):
         convert_model(tmp_path / "run", tmp_path / "z")
     shutil.copytree(tmp_path / "x", tmp_path / "run" / "export")
     convert_model(tmp_path / "run", tmp_path / "z")

@@ -18,9 +18,7 @@ def test_hf_round_trip(variant):
     raw = vlm_to_hf(config, 100, {"bos_token_id": 1}, "float32")
     back = vlm_from_hf(raw, "config.json", preprocessor_config(config))
     assert (
-        dataclasses.replace(
-            back, vision=dataclasses.replace(back.vision, pooler_head=config.vision.pooler_head)
-        )
+        dataclasses.replace(back, vision=dataclasses.replace(back.vision, pooler_head=config.vision.pooler_head))
         == config
     )
 
@@ -122,10 +120,7 @@ def test_llava_round_trip(variant, tower):
         config, aspect="anyres", merge="spatial_unpad", image_newline=True, pinpoints=((28, 56), (56, 28))
     )
     assert vlm_from_llava(vlm_to_llava(anyres, {}, "float32", None), "x") == anyres
-    assert (
-        vlm_to_llava(VLMConfig(), {}, "float32", None)["mm_vision_tower"]
-        == "openai/clip-vit-large-patch14-336"
-    )
+    assert vlm_to_llava(VLMConfig(), {}, "float32", None)["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
 
 
 @pytest.mark.parametrize("raw, sentence", [
@@ -155,6 +150,4 @@ def test_what_a_format_cannot_say():
         vlm_from_llava({**LLAVA, "mm_vision_tower": "somewhere/own-tower"}, "x")
     with pytest.raises(CheckpointError, match="mm_hidden_size=1024, but the vision tower gives 24"):
         vlm_from_llava(LLAVA, "x", vision=SIGLIP)
-    assert isinstance(
-        vlm_from_llava({**LLAVA, "mm_hidden_size": 24}, "x", vision=SIGLIP).vision, VisionConfig
-    )
+    assert isinstance(vlm_from_llava({**LLAVA, "mm_hidden_size": 24}, "x", vision=SIGLIP).vision, VisionConfig)

@@ -15,8 +15,7 @@ def test_entries_are_the_models_parameters(variant):
     for entry in names.entries(config):
         shapes.setdefault(entry.path, []).append((entry.layer, entry.layout.shape(entry.shape)))
     ours = {
-        path: (len(parts), *parts[0][1]) if parts[0][0] is not None else parts[0][1]
-        for path, parts in shapes.items()
+        path: (len(parts), *parts[0][1]) if parts[0][0] is not None else parts[0][1] for path, parts in shapes.items()
     }
     assert ours == {path: s.shape for path, s in vlm.shapes(config).items()}
     for path, parts in shapes.items():

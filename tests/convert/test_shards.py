@@ -30,9 +30,7 @@ from vlm_jax.convert.tensors import (
 
 
 def planned(arrays: dict) -> list[Planned]:
-    return [
-        Planned(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()
-    ]
+    return [Planned(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()]
 
 
 ARRAYS = {
@@ -145,13 +143,9 @@ def test_a_full_disk_leaves_the_old_export(tmp_path):
     with staging(target) as stage:
         write_directory(stage, planned(ARRAYS), 30)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    with pytest.raises(
-        CheckpointError, match=r"model could not be written \(No space left on device\): nothing"
-    ):
+    with pytest.raises(CheckpointError, match=r"model could not be written \(No space left on device\): nothing"):
         with staging(target) as stage:
-            write_directory(
-                stage, planned({k: v + 1 for k, v in ARRAYS.items() if k != "d"}), 30, progress=full_disk
-            )
+            write_directory(stage, planned({k: v + 1 for k, v in ARRAYS.items() if k != "d"}), 30, progress=full_disk)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     with pytest.raises(CheckpointError, match="fresh could not be written"):
         with staging(tmp_path / "fresh") as stage:

@@ -75,9 +75,7 @@ def test_code_is_refused_and_not_run(tmp_path, call, args, style):
     evil = {"a": Code(call, *(a.format(mark=mark) for a in args))}
     path = tmp_path / "model.bin"
     write_zip(path, pickle.dumps(evil, protocol=2)) if style == "zip" else path.write_bytes(legacy(evil))
-    with pytest.raises(
-        CheckpointError, match=rf"model\.bin holds the Python object .*{call.__name__}.* not run"
-    ):
+    with pytest.raises(CheckpointError, match=rf"model\.bin holds the Python object .*{call.__name__}.* not run"):
         torch_pickle.load(path)
     assert not mark.exists()
 
@@ -101,9 +99,7 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path):
     torch_pickle.save(tmp_path / "x.bin", {"a": np.zeros((4, 4), np.float32)})
     with zipfile.ZipFile(tmp_path / "x.bin") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    files["x/data.pkl"] = files["x/data.pkl"].replace(
-        b"J" + struct.pack("<i", 4) * 1, b"J" + struct.pack("<i", 4096)
-    )
+    files["x/data.pkl"] = files["x/data.pkl"].replace(b"J" + struct.pack("<i", 4) * 1, b"J" + struct.pack("<i", 4096))
     with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
@@ -167,9 +163,7 @@ def test_torch_writes_and_we_read(tmp_path):
                 err_msg=key,
             )
     torch.save(linear, tmp_path / "module.bin")
-    with pytest.raises(
-        CheckpointError, match=r"module.bin holds the Python object torch\.nn\.modules\.linear\.Linear"
-    ):
+    with pytest.raises(CheckpointError, match=r"module.bin holds the Python object torch\.nn\.modules\.linear\.Linear"):
         torch_pickle.load(tmp_path / "module.bin")
 
 

@@ -72,14 +72,10 @@ def test_tokenizer_image_token(path):
         assert tokenizer.decode(case["input_ids"], skip_special=False) == case["text"]
 
 
-@golden(
-    "llava", "preprocess_*.json", holds=lambda data: isinstance(data, list) and data and "result" in data[0]
-)
+@golden("llava", "preprocess_*.json", holds=lambda data: isinstance(data, list) and data and "result" in data[0])
 def test_placeholder_rewriting(path):
     for case in read(path):
-        placed = place_images(
-            [("human", case["value"])], template(case["version"]), case["mm_use_im_start_end"]
-        )
+        placed = place_images([("human", case["value"])], template(case["version"]), case["mm_use_im_start_end"])
         assert placed == (("human", case["result"]),), case
 
 
@@ -97,9 +93,7 @@ def mask_cases(path):
             tokenizer = llama(case["legacy"])
         else:
             end = "<|endoftext|>"
-            tokenizer = load_tokenizer(
-                beside(path, "tiny_bpe_tokenizer.json"), bos=end, eos=end, unk=end, pad=end
-            )
+            tokenizer = load_tokenizer(beside(path, "tiny_bpe_tokenizer.json"), bos=end, eos=end, unk=end, pad=end)
         form = functools.partial(
             TextFormat, tokenizer, chosen, max_length=case.get("model_max_length", UNSTATED_LENGTH)
         )

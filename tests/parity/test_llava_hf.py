@@ -39,9 +39,7 @@ class Golden:
     def rows(self, ids: np.ndarray, mask: np.ndarray, counts) -> list[np.ndarray]:
         """Float32 logits [n, V] of the n unpadded slots of each row."""
         pixels = self.want["pixel_values"][: sum(counts)]
-        batch = row_batch(
-            self.checkpoint.config, self.checkpoint.image_token, ids, mask, pixels, counts, self.shape
-        )
+        batch = row_batch(self.checkpoint.config, self.checkpoint.image_token, ids, mask, pixels, counts, self.shape)
         got = np.asarray(self.run(self.params, batch))
         return [got[r][batch["segments"][r] == 1] for r in range(len(ids))]
 

@@ -29,7 +29,9 @@ def case(request):
     generator = Generator(checkpoint.config, place(checkpoint, np.float32, None), eos=eos_of(checkpoint))
     ends = np.cumsum(z["n_images_per_row"])
     prompts = [
-        prompt_of(ids[mask == 1], checkpoint.image_token, checkpoint.config.vision.features, z["pixel_values"][end - n : end])
+        prompt_of(
+            ids[mask == 1], checkpoint.image_token, checkpoint.config.vision.features, z["pixel_values"][end - n : end]
+        )
         for ids, mask, n, end in zip(z["input_ids"], z["attention_mask"], z["n_images_per_row"], ends)
     ]
     return z, checkpoint, generator, prompts

@@ -39,9 +39,7 @@ def parts(x):
 
 def index_of(path):
     names = (f"{path.stem}_index.json", path.stem.replace("pixel_values", "pixel_values_index") + ".json")
-    return next(
-        json.loads((path.parent / name).read_text()) for name in names if (path.parent / name).is_file()
-    )
+    return next(json.loads((path.parent / name).read_text()) for name in names if (path.parent / name).is_file())
 
 
 @pytest.mark.skipif(
@@ -54,9 +52,7 @@ def test_pixel_values(path):
     pinpoints = tuple(tuple(p) for p in index["grid_pinpoints"])
     compared = set()
     for case in index["cases"]:
-        how = Preprocess(
-            case["size"], case["mode"], "crop", tuple(index["mean"]), tuple(index["std"]), pinpoints
-        )
+        how = Preprocess(case["size"], case["mode"], "crop", tuple(index["mean"]), tuple(index["std"]), pinpoints)
         assert list(how.pad_colour) == index["pad_color"]
         views, _ = load_views(ImageSource(str(path.parent / case["image"])), how)
         x = normalise(views, how.mean, how.std).transpose(0, 3, 1, 2)

@@ -36,7 +36,9 @@ def case(request):
     views, sizes = images_of(path, z, config)
     length = int(z["tokenizer_model_max_length"]) if "tokenizer_model_max_length" in z.files else None
     left = bool((z["new_attention_mask"][:, -1] > z["new_attention_mask"][:, 0]).any())
-    batch = row_batch(config, z["input_ids"], z["attention_mask"], z["labels"], views, sizes, length=length, pad_left=left)
+    batch = row_batch(
+        config, z["input_ids"], z["attention_mask"], z["labels"], views, sizes, length=length, pad_left=left
+    )
     return z, config, params, batch
 
 
@@ -79,7 +81,11 @@ def test_features_and_splicing(case):
     z, config, params, batch = case
     model = vlm.build(config, params)
     if "inputs_embeds" in z.files:
-        x = model.embed(jnp.asarray(batch["tokens"]), jnp.asarray(batch["image_slots"]), model.encode_images(jnp.asarray(batch["images"])))
+        x = model.embed(
+            jnp.asarray(batch["tokens"]),
+            jnp.asarray(batch["image_slots"]),
+            model.encode_images(jnp.asarray(batch["images"])),
+        )
         real = z["new_attention_mask"]
         np.testing.assert_allclose(np.asarray(x)[real], z["inputs_embeds"][real], atol=2e-4)
     if "tower_features" in z.files:

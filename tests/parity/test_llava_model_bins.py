@@ -28,9 +28,7 @@ def reference(path: Path) -> dict[str, np.ndarray]:
     """
     with np.load(path.parent / "reference.npz") as file:
         kinds = {key.partition(":")[0] for key in file.files}
-        (kind,) = [
-            k for k in kinds if k == path.stem or path.stem.endswith(f"_{k}") or path.stem.startswith(f"{k}_")
-        ]
+        (kind,) = [k for k in kinds if k == path.stem or path.stem.endswith(f"_{k}") or path.stem.startswith(f"{k}_")]
         return {key.partition(":")[2]: file[key] for key in file.files if key.startswith(f"{kind}:")}
 
 
@@ -40,9 +38,7 @@ def test_reads_without_torch(path):
     assert got.keys() == want.keys()
     for key, tensor in got.items():
         assert tensor.shape == want[key].shape
-        np.testing.assert_array_equal(
-            tensor.read(full(tensor.shape)).astype(want[key].dtype), want[key], err_msg=key
-        )
+        np.testing.assert_array_equal(tensor.read(full(tensor.shape)).astype(want[key].dtype), want[key], err_msg=key)
 
 
 @each

@@ -90,13 +90,9 @@ def test_updates(path):
     step = make_step(model, config, {})
     for update, wanted in enumerate(info["steps"]):
         part = micros[update * config.accum : (update + 1) * config.accum]
-        batch = split_micro_batches(
-            {key: np.concatenate([m[key] for m in part]) for key in part[0]}, config.accum
-        )
+        batch = split_micro_batches({key: np.concatenate([m[key] for m in part]) for key in part[0]}, config.accum)
         factor = optimizer.rate_factor(config, update, config.steps)
-        assert [group["lr"] * factor for group in info["groups"]] == pytest.approx(
-            wanted["lrs"], rel=1e-9, abs=1e-18
-        )
+        assert [group["lr"] * factor for group in info["groups"]] == pytest.approx(wanted["lrs"], rel=1e-9, abs=1e-18)
         state, metrics = step(state, batch, np.float32(factor))
         np.testing.assert_allclose(metrics["micro_losses"], wanted["losses"], atol=1e-5)
         np.testing.assert_allclose(metrics["loss"], np.mean(wanted["losses"]), atol=1e-5)
@@ -114,9 +110,7 @@ def compare(model, z, before: dict[str, np.ndarray], after: dict[str, np.ndarray
 
     for name, value in original(z, "after:").items():
         path, _ = golden_model.our_name(name, model)
-        np.testing.assert_allclose(
-            ours(after, name), golden_model.our_value(path, value), atol=1e-5, err_msg=name
-        )
+        np.testing.assert_allclose(ours(after, name), golden_model.our_value(path, value), atol=1e-5, err_msg=name)
     for name, norm in zip(z["delta_norm_names"], z["delta_norms"]):
         moved = np.linalg.norm(ours(after, str(name)) - ours(before, str(name)))
         np.testing.assert_allclose(moved, norm, rtol=1e-3, atol=1e-6, err_msg=str(name))

@@ -8,11 +8,7 @@ from tests.goldens import cases
 from vlm_jax.train.optimizer import rate_factor
 from vlm_jax.train.options import Compat, TrainConfig
 
-CASES = [
-    (path, i)
-    for path in cases("llava", "lr_schedule*.json")
-    for i in range(len(json.loads(path.read_text())))
-]
+CASES = [(path, i) for path in cases("llava", "lr_schedule*.json") for i in range(len(json.loads(path.read_text())))]
 
 
 @pytest.mark.parametrize("path, index", CASES, ids=[f"{path.stem}-{index}" for path, index in CASES])

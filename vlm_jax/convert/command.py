@@ -28,8 +28,7 @@ def convert(**flags: str) -> int:
     flags = {name: value for name, value in flags.items() if value not in ("", None)}
     if "from" not in flags:
         raise CheckpointError(
-            "convert needs --from: the LLaVA directory, or the language model of one put together with "
-            "--vision"
+            "convert needs --from: the LLaVA directory, or the language model of one put together with --vision"
         )
     source, target = flags.pop("from"), flags.pop("to")
     checkpoint = convert_model(source, target, **flags)
@@ -61,8 +60,7 @@ def convert_model(
     source = model_directory(source)
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(
-            f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another "
-            "directory"
+            f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another directory"
         )
     dtype = parse_dtype(dtype)
     checkpoint = open_checkpoint(source, vision=vision, llm=llm, projector=projector)

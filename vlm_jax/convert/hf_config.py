@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from vlm_jax.config import (
-    SIGLIP_MEAN, SIGLIP_STD, ConfigError, LLMConfig, ProjectorConfig, RopeConfig, VisionConfig, VLMConfig,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    ConfigError,
+    LLMConfig,
+    ProjectorConfig,
+    RopeConfig,
+    VisionConfig,
+    VLMConfig,
 )  # fmt: skip
 from vlm_jax.convert.processor_files import with_processor
 from vlm_jax.convert.tensors import CheckpointError
@@ -87,7 +95,9 @@ def vlm_from_hf(raw: Raw, where: str, processor: Raw | None = None) -> VLMConfig
         bool(raw.get("multimodal_projector_bias", True)),
     )
     aspect = "pad" if (processor or {}).get("do_pad") else "square"
-    return VLMConfig(with_processor(vision, processor, f"the image processor beside {where}"), projector, with_tie, aspect=aspect)
+    return VLMConfig(
+        with_processor(vision, processor, f"the image processor beside {where}"), projector, with_tie, aspect=aspect
+    )
 
 
 def vision_from_hf(
@@ -104,8 +114,7 @@ def vision_from_hf(
     )
     if kind is None:
         raise CheckpointError(
-            f"{where}: a vision tower of type {raw['model_type']!r} is not supported: use a CLIP or SigLIP "
-            "tower"
+            f"{where}: a vision tower of type {raw['model_type']!r} is not supported: use a CLIP or SigLIP tower"
         )
     get = {**(SIGLIP_DEFAULTS if kind == "siglip" else CLIP_DEFAULTS), **raw}
     if get.get("num_channels", 3) != 3:
@@ -265,11 +274,7 @@ def vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
     }
     # transformers builds SigLIP's pooling head unless told not to, and then misses its weights
-    return (
-        {**raw, "vision_use_head": vision.pooler_head}
-        if vision.kind == "siglip"
-        else {**raw, "projection_dim": 768}
-    )
+    return {**raw, "vision_use_head": vision.pooler_head} if vision.kind == "siglip" else {**raw, "projection_dim": 768}
 
 
 def llm_to_hf(llm: LLMConfig) -> dict[str, Any]:

@@ -48,14 +48,10 @@ def vlm_from_llava(
     if "mpt" in raw.get("model_type", ""):
         raise CheckpointError(f"{where}: LLaVA on MPT is not supported: use a Llama or Mistral based model")
     features = feature_settings(raw, where)
-    if (
-        vision is None and "vision_config" in raw
-    ):  # written by `vlm_to_llava` for a tower without a public name
+    if vision is None and "vision_config" in raw:  # written by `vlm_to_llava` for a tower without a public name
         vision = vision_from_hf(raw["vision_config"], where, select="full")
     elif vision is None:
-        vision = tower_config(
-            str(raw.get("mm_vision_tower") or raw.get("vision_tower") or ""), where, directory
-        )
+        vision = tower_config(str(raw.get("mm_vision_tower") or raw.get("vision_tower") or ""), where, directory)
     if vision.kind == "siglip":  # "patch" drops the class token, and there is none
         features["select"] = "full"
     vision = checked(where, lambda: dataclasses.replace(vision, **features))
@@ -87,9 +83,7 @@ def feature_settings(raw: Raw, where: str) -> dict[str, Any]:
     """
     select = raw.get("mm_vision_select_feature", "patch")
     if select not in ("patch", "cls_patch"):
-        raise CheckpointError(
-            f"{where}: mm_vision_select_feature={select!r} is unknown: it must be patch or cls_patch"
-        )
+        raise CheckpointError(f"{where}: mm_vision_select_feature={select!r} is unknown: it must be patch or cls_patch")
     return {
         "feature_layers": (int(raw.get("mm_vision_select_layer", -2)),),
         "select": "patch" if select == "patch" else "full",
@@ -116,9 +110,7 @@ def tower_config(name: str, where: str, directory: Path | None) -> VisionConfig:
         return read_vision_directory(here)
     known = KNOWN_TOWERS.get(name.rstrip("/").rpartition("/")[2])
     if known is None:
-        raise CheckpointError(
-            f"{where}: the vision tower {name!r} is unknown here: give its directory with --vision"
-        )
+        raise CheckpointError(f"{where}: the vision tower {name!r} is unknown here: give its directory with --vision")
     return vision_from_hf(known, where, select="patch" if "clip" in known["model_type"] else "full")
 
 
@@ -143,20 +135,14 @@ def vlm_to_llava(
     `vision_config`.
     """
     if config.projector.act != "gelu" or not config.projector.bias:
-        raise CheckpointError(
-            "LLaVA's own projector has erf GELU and biases, this model has not: export with names=hf"
-        )
+        raise CheckpointError("LLaVA's own projector has erf GELU and biases, this model has not: export with names=hf")
     if len(config.vision.feature_layers) != 1:
-        raise CheckpointError(
-            "LLaVA's own config has one feature layer, this model has several: export with names=hf"
-        )
+        raise CheckpointError("LLaVA's own config has one feature layer, this model has several: export with names=hf")
     llm, named = llm_to_hf(config.llm), tower or known_tower(config.vision)
     return {
         **llm,
         **tokens,
-        "architectures": [
-            "LlavaMistralForCausalLM" if llm["model_type"] == "mistral" else "LlavaLlamaForCausalLM"
-        ],
+        "architectures": ["LlavaMistralForCausalLM" if llm["model_type"] == "mistral" else "LlavaLlamaForCausalLM"],
         "model_type": "llava_" + llm["model_type"],
         "torch_dtype": dtype,
         "image_aspect_ratio": config.aspect,

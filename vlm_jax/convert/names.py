@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Iterable, Iterator, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from vlm_jax.config import LLMConfig, ProjectorConfig, VisionConfig, VLMConfig
 from vlm_jax.convert.tensors import AS_IS, PATCH, TRANSPOSE, VECTOR, CheckpointError, Layout
@@ -69,9 +70,7 @@ ROOMS = ("llm", "head", "tower", "projector", "newline")
 # what stands before a rule's key, in any naming; `head` before `llm`, whose prefix may be empty
 PREFIXES = {
     "head": re.compile(r"(?:language_model\.)?lm_head\."),
-    "projector": re.compile(
-        r"(?:base_model\.model\.)?(?:model\.){0,2}(?:multi_modal_projector|mm_projector)\.?"
-    ),
+    "projector": re.compile(r"(?:base_model\.model\.)?(?:model\.){0,2}(?:multi_modal_projector|mm_projector)\.?"),
     "newline": re.compile(r"(?:model\.)?(?=image_newline$)"),
     "tower": re.compile(
         r"(?:(?:model\.)?vision_tower\.(?:vision_tower\.)?)?(?:vision_model\.)?"
@@ -136,10 +135,7 @@ TOWER = (
     Rule("head.probe", "tower/unused/head/probe", VECTOR, "1 1 D", "head"),
     Rule("head.attention.in_proj_weight", "tower/unused/head/attn/in/kernel", TRANSPOSE, "3D D", "head"),
     Rule("head.attention.in_proj_bias", "tower/unused/head/attn/in/bias", AS_IS, "3D", "head"),
-    *(
-        r._replace(needs="head")
-        for r in _linear("head.attention.out_proj", "tower/unused/head/attn/out", "D D")
-    ),
+    *(r._replace(needs="head") for r in _linear("head.attention.out_proj", "tower/unused/head/attn/out", "D D")),
     *_norm("head.layernorm", "tower/unused/head/norm", "head"),
     *(r._replace(needs="head") for r in _linear("head.mlp.fc1", "tower/unused/head/mlp/up", "F D")),
     *(r._replace(needs="head") for r in _linear("head.mlp.fc2", "tower/unused/head/mlp/down", "D F")),
@@ -192,18 +188,14 @@ def entries(config: VLMConfig, rooms: Iterable[str] = ROOMS) -> list[Entry]:
     made = {
         "llm": lambda: _expand("llm", LLM, llm, on, m.layers),
         "head": lambda: _expand("head", HEAD, llm, on, 0),
-        "tower": lambda: (
-            _place(entry, v.used_layers) for entry in _expand("tower", TOWER, tower, on, v.layers)
-        ),
+        "tower": lambda: (_place(entry, v.used_layers) for entry in _expand("tower", TOWER, tower, on, v.layers)),
         "projector": lambda: _projector(config.projector, v, m),
         "newline": lambda: _expand("newline", NEWLINE, llm, on, 0),
     }
     return [entry for room in rooms for entry in made[room]()]
 
 
-def _expand(
-    room: str, rules: Iterable[Rule], sizes: dict[str, int], on: set[str], layers: int
-) -> Iterator[Entry]:
+def _expand(room: str, rules: Iterable[Rule], sizes: dict[str, int], on: set[str], layers: int) -> Iterator[Entry]:
     """Rules whose feature is on, layered ones once per layer."""
     for rule in rules:
         if rule.needs in on:
@@ -217,18 +209,14 @@ def _place(entry: Entry, used: int) -> Entry:
     """A tower block behind the last feature layer belongs to `tower/unused/blocks`, counted from there."""
     if entry.layer is None or entry.layer < used:
         return entry
-    return dataclasses.replace(
-        entry, path=entry.path.replace("tower/", "tower/unused/", 1), layer=entry.layer - used
-    )
+    return dataclasses.replace(entry, path=entry.path.replace("tower/", "tower/unused/", 1), layer=entry.layer - used)
 
 
 def _projector(projector: ProjectorConfig, vision: VisionConfig, llm: LLMConfig) -> Iterator[Entry]:
     """The N linear layers; their key is `0.weight`, `1.weight`, ... and gets its naming in `key_of`."""
     for n in range(projector.depth):
         width = vision.feature_width if n == 0 else llm.width
-        yield Entry(
-            "projector", f"{n}.weight", (llm.width, width), f"projector/layer_{n}/kernel", None, TRANSPOSE
-        )
+        yield Entry("projector", f"{n}.weight", (llm.width, width), f"projector/layer_{n}/kernel", None, TRANSPOSE)
         if projector.bias:
             yield Entry("projector", f"{n}.bias", (llm.width,), f"projector/layer_{n}/bias", None, AS_IS)
 
@@ -282,18 +270,14 @@ def naming_of(names: Iterable[str]) -> str | None:
             seen.setdefault(found[0], set()).add(PREFIXES[found[0]].match(name)[0].removesuffix("."))
     for naming, prefixes in NAMINGS.items():
         expected = dict(zip(ROOMS, (prefix.removesuffix(".") for prefix in prefixes)))
-        if {"llm", "projector"} <= seen.keys() and all(
-            found == {expected[room]} for room, found in seen.items()
-        ):
+        if {"llm", "projector"} <= seen.keys() and all(found == {expected[room]} for room, found in seen.items()):
             return naming
     return None
 
 
 def projector_kind(names: Iterable[str]) -> str:
     """`linear` or `mlpNx_gelu`, from the keys of the projector's tensors in any naming."""
-    keys = {
-        name: key for name in names for room, key in [room_and_key(name) or ("", "")] if room == "projector"
-    }
+    keys = {name: key for name in names for room, key in [room_and_key(name) or ("", "")] if room == "projector"}
     depth = len({key.split(".")[0] for key in keys.values() if key.endswith(".weight")})
     if not depth:
         raise CheckpointError("there is no tensor of a projector (mm_projector or multi_modal_projector)")

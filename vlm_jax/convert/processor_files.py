@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from vlm_jax.config import VisionConfig, VLMConfig
 from vlm_jax.convert.tensors import CheckpointError
@@ -83,12 +84,18 @@ def with_processor(vision: VisionConfig, raw: Mapping[str, Any] | None, where: s
     crops = raw.get("do_center_crop", vision.kind == "clip")
     for key in ("size", "crop_size") if crops else ("size",):
         if key in raw and _sides(raw[key]) != {vision.image_size}:
-            raise CheckpointError(f"{where} has {key}={raw[key]!r}, but the tower takes {vision.image_size} x {vision.image_size} pixels")
+            raise CheckpointError(
+                f"{where} has {key}={raw[key]!r}, but the tower takes {vision.image_size} x {vision.image_size} pixels"
+            )
     if not raw.get("do_pad") and crops != (vision.kind == "clip"):  # a padded image is square: there is nothing to crop
-        raise CheckpointError(f"{where} has do_center_crop={crops}, but only {not crops} is supported for a {vision.kind} tower")
+        raise CheckpointError(
+            f"{where} has do_center_crop={crops}, but only {not crops} is supported for a {vision.kind} tower"
+        )
     mean, std = tuple(raw.get("image_mean") or vision.mean), tuple(raw.get("image_std") or vision.std)
     if len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(f"{where} has image_mean={list(mean)} and image_std={list(std)}: each needs three numbers")
+        raise CheckpointError(
+            f"{where} has image_mean={list(mean)} and image_std={list(std)}: each needs three numbers"
+        )
     return dataclasses.replace(vision, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
 

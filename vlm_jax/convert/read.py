@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -113,18 +114,12 @@ def open_checkpoint(
     if vocab is not None:
         wanted = dataclasses.replace(wanted, llm=dataclasses.replace(wanted.llm, vocab=vocab))
         pool |= {
-            at: grown(pool[at], vocab)
-            for at in (("llm", "embed_tokens.weight"), ("head", "weight"))
-            if at in pool
+            at: grown(pool[at], vocab) for at in (("llm", "embed_tokens.weight"), ("head", "weight")) if at in pool
         }
     leaves, missing = _leaves(wanted, pool, main, partial)
     text = raw.get("text_config") or raw
-    tokens = {
-        name: text.get(name, raw.get(name)) for name in SPECIAL if text.get(name, raw.get(name)) is not None
-    }
-    image_token = (
-        raw.get("image_token_index", raw.get("image_token_id", 32000)) if kind == "llava_hf" else None
-    )
+    tokens = {name: text.get(name, raw.get(name)) for name in SPECIAL if text.get(name, raw.get(name)) is not None}
+    image_token = raw.get("image_token_index", raw.get("image_token_id", 32000)) if kind == "llava_hf" else None
     naming = None if any(sources.values()) else names.naming_of(found["main"])
     return Checkpoint(main, kind, wanted, leaves, missing, naming, raw, image_token, tokens)
 
@@ -137,9 +132,7 @@ def load(checkpoint: Checkpoint, place: Place, paths: Iterable[str] | None = Non
     """
     chosen = checkpoint.leaves if paths is None else paths
     return {
-        path: place(path, leaf.shape, leaf.dtype, leaf.read)
-        for path in chosen
-        for leaf in [checkpoint.leaves[path]]
+        path: place(path, leaf.shape, leaf.dtype, leaf.read) for path in chosen for leaf in [checkpoint.leaves[path]]
     }
 
 
@@ -209,9 +202,7 @@ def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict
     source.
     """
     rooms = {"tower": ("tower",), "llm": ("llm", "head"), "projector": ("projector", "newline")}
-    plan = [
-        ("main", main, set(names.ROOMS) - {r for part, path in sources.items() if path for r in rooms[part]})
-    ]
+    plan = [("main", main, set(names.ROOMS) - {r for part, path in sources.items() if path for r in rooms[part]})]
     plan += [(part, path, set(rooms[part])) for part, path in sources.items() if path]
     pool: Pool = {}
     found: dict[str, list[str]] = {}
@@ -248,8 +239,7 @@ def _assemble(
     if kind == "llm":
         if tower is None and not partial:
             raise CheckpointError(
-                f"{main} is a language model: give a vision tower with --vision, and a projector with "
-                "--projector"
+                f"{main} is a language model: give a vision tower with --vision, and a projector with --projector"
             )
         config = VLMConfig(vision=tower or VisionConfig(), llm=llm_from_hf(raw, where))
     elif kind == "llava":
@@ -308,9 +298,7 @@ def processor_settings(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def _leaves(
-    config: VLMConfig, pool: Pool, main: Path, partial: bool
-) -> tuple[dict[str, Leaf], tuple[str, ...]]:
+def _leaves(config: VLMConfig, pool: Pool, main: Path, partial: bool) -> tuple[dict[str, Leaf], tuple[str, ...]]:
     """The pool's tensors stacked into our parameters; they must be those of `config` and no others."""
     parts: dict[str, list[tuple[Entry, Tensor | None]]] = {}
     rooms_here = {room for room, _ in pool}

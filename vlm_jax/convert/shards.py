@@ -10,8 +10,9 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -46,8 +47,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     for name, (_, code) in found.items():
         if code not in STORED:
             raise CheckpointError(
-                f"{path}: tensor {name} is stored as {code}, which is not supported: use float32, float16 or "
-                "bfloat16"
+                f"{path}: tensor {name} is stored as {code}, which is not supported: use float32, float16 or bfloat16"
             )
     return {name: _lazy(name, shape, STORED[code], path) for name, (shape, code) in found.items()}
 
@@ -98,8 +98,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
         raise CheckpointError(
-            f"{index.parent} lacks the shard {absent[0]} ({len(absent)} of {len(shards)} missing): copy it "
-            "again"
+            f"{index.parent} lacks the shard {absent[0]} ({len(absent)} of {len(shards)} missing): copy it again"
         )
     opened = {shard: read(index.parent / shard) for shard in shards}
     lost = [name for name, shard in places.items() if name not in opened[shard]]
@@ -124,9 +123,7 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(
-    path: Path, tensors: Iterable[Planned], progress: Callable[[int], None] = lambda _: None
-) -> None:
+def write_file(path: Path, tensors: Iterable[Planned], progress: Callable[[int], None] = lambda _: None) -> None:
     """One safetensors file: the header, then the tensors one by one; `progress(bytes)` after each."""
     tensors = list(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

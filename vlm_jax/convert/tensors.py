@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -183,8 +183,6 @@ def grown(tensor: Tensor, rows: int) -> Tensor:
         row, column = resolve(index, (rows, tensor.shape[1]))
         kept = tensor.read((slice(min(row.start, old), min(row.stop, old)), column))
         new = max(0, row.stop - max(row.start, old))
-        return (
-            np.concatenate([kept, np.broadcast_to(mean_row()[column], (new, kept.shape[1]))]) if new else kept
-        )
+        return np.concatenate([kept, np.broadcast_to(mean_row()[column], (new, kept.shape[1]))]) if new else kept
 
     return tensor if rows == old else dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), read=read)

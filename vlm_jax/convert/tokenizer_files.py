@@ -43,11 +43,7 @@ def for_export(directory: Path) -> TokenizerFiles:
 
     Tokens that are there keep their ids, new ones follow the largest id.
     """
-    settings = (
-        read_json(directory / "tokenizer_config.json")
-        if (directory / "tokenizer_config.json").is_file()
-        else {}
-    )
+    settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
     if (directory / "tokenizer.json").is_file():
         document = read_json(directory / "tokenizer.json")
     elif (directory / "tokenizer.model").is_file():
@@ -59,9 +55,7 @@ def for_export(directory: Path) -> TokenizerFiles:
     if pad_text is None or pad_text == _text(settings.get("unk_token")) or _find(document, pad_text) is None:
         pad_text = PAD_TEXT
     _add(document, pad_text)
-    files = {
-        name: (directory / name).read_bytes() for name in ("tokenizer.model",) if (directory / name).is_file()
-    }
+    files = {name: (directory / name).read_bytes() for name in ("tokenizer.model",) if (directory / name).is_file()}
     files["tokenizer.json"] = _json(document)
     made = _settings(settings, document, pad_text)
     files["tokenizer_config.json"] = _json(made)
@@ -82,11 +76,7 @@ def _settings(old: dict[str, Any], document: dict, pad_text: str) -> dict[str, A
         name: _text(old.get(name)) or text
         for name, text in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
     }
-    kept = {
-        k: v
-        for k, v in old.items()
-        if k in ("model_max_length", "clean_up_tokenization_spaces", "chat_template")
-    }
+    kept = {k: v for k, v in old.items() if k in ("model_max_length", "clean_up_tokenization_spaces", "chat_template")}
     return {
         "clean_up_tokenization_spaces": False,
         **kept,
@@ -162,19 +152,13 @@ def from_sentencepiece(model: bytes, where: Path, settings: dict[str, Any]) -> d
     ]
     ranks = {pieces.id_to_piece(i): pieces.get_score(i) for i in plain}
     if any(score > 0 or score != int(score) for score in ranks.values()):
-        raise CheckpointError(
-            f"{where / 'tokenizer.model'} is not a BPE model: give a directory with a tokenizer.json"
-        )
+        raise CheckpointError(f"{where / 'tokenizer.model'} is not a BPE model: give a directory with a tokenizer.json")
     legacy = settings.get("legacy", True) is not False
     unknown = pieces.id_to_piece(pieces.unk_id())
-    added = [
-        _added(i, pieces.id_to_piece(i)) for i in range(count) if pieces.is_control(i) or pieces.is_unknown(i)
-    ]
+    added = [_added(i, pieces.id_to_piece(i)) for i in range(count) if pieces.is_control(i) or pieces.is_unknown(i)]
     stated = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
     if (where / "added_tokens.json").is_file():
-        stated = {
-            number: {"content": text} for text, number in read_json(where / "added_tokens.json").items()
-        } | stated
+        stated = {number: {"content": text} for text, number in read_json(where / "added_tokens.json").items()} | stated
     for number, token in sorted(stated.items()):
         if all(known["id"] != number for known in added):
             added.append(

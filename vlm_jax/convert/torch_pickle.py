@@ -19,8 +19,9 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -69,9 +70,7 @@ class _Strided:
         self.storage, self.offset, self.dtype = storage, int(offset), dtype
         self.shape, self.strides = tuple(map(int, shape)), tuple(map(int, strides))
         reach = (
-            self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1
-            if math.prod(self.shape)
-            else 0
+            self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 1 if math.prod(self.shape) else 0
         )
         room = storage.elements * storage.dtype.itemsize
         if (
@@ -165,12 +164,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if (
-            not isinstance(pid, tuple)
-            or len(pid) < 5
-            or pid[0] != "storage"
-            or not isinstance(pid[1], np.dtype)
-        ):
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], np.dtype):
             raise pickle.UnpicklingError(f"unknown persistent id {pid!r:.80}")
         storage = self.storage(str(pid[2]), pid[1], int(pid[4]))
         view = pid[5] if len(pid) > 5 else None
@@ -233,13 +227,10 @@ def _load_zip(file: BinaryIO, path: Path) -> Any:
     entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
     if "constants.pkl" in entries or "data.pkl" not in entries:
         raise CheckpointError(
-            f"{path} is a TorchScript or other zip archive, not a state dict: save model.state_dict() with "
-            "torch.save"
+            f"{path} is a TorchScript or other zip archive, not a state dict: save model.state_dict() with torch.save"
         )
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise CheckpointError(
-            f"{path} was written on a big-endian machine: save it again on a little-endian one"
-        )
+        raise CheckpointError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
 
     def storage(key: str, dtype: np.dtype, elements: int) -> _Storage:
         entry = entries[f"data/{key}"]
@@ -267,9 +258,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 def _mapping(path: Path, offset: int, size: int) -> Callable[[], np.ndarray]:
     """A function that maps `size` bytes at `offset`, anew each time, so that no file stays open."""
-    return lambda: (
-        np.asarray(np.memmap(path, np.uint8, "r", offset, (size,))) if size else np.empty(0, np.uint8)
-    )
+    return lambda: np.asarray(np.memmap(path, np.uint8, "r", offset, (size,))) if size else np.empty(0, np.uint8)
 
 
 def _load_legacy(file: BinaryIO, path: Path) -> Any:
@@ -285,9 +274,7 @@ def _load_legacy(file: BinaryIO, path: Path) -> Any:
     if part() != MAGIC or part() != PROTOCOL:
         raise pickle.UnpicklingError("no torch header")
     if not part().get("little_endian", True):
-        raise CheckpointError(
-            f"{path} was written on a big-endian machine: save it again on a little-endian one"
-        )
+        raise CheckpointError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
     found, keys = part(), part()
     end = os.fstat(file.fileno()).st_size
     for key in keys:

@@ -15,8 +15,9 @@ import dataclasses
 import math
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -120,8 +121,7 @@ def export_projector(
     leaves = as_leaves({path: value for path, value in params.items() if path.startswith("projector/")})
     if not leaves:
         raise CheckpointError(
-            f"{path} would be empty: a model with projector {config.projector.kind} has no projector "
-            "parameters"
+            f"{path} would be empty: a model with projector {config.projector.kind} has no projector parameters"
         )
     planned = plan(config, leaves, "llava", dtype, rooms=("projector",))
     torch_pickle.save(path, {tensor.name: tensor.read() for tensor in planned})
@@ -143,11 +143,7 @@ def plan(
         leaf = leaves.get(entry.path)
         if leaf is None and not entry.optional:
             raise CheckpointError(f"the parameters lack {entry.path}, which a model of this config has")
-        name = (
-            _source_name(source, entry)
-            if names == "source"
-            else naming.key_of(entry, names, config.projector.kind)
-        )
+        name = _source_name(source, entry) if names == "source" else naming.key_of(entry, names, config.projector.kind)
         if name:
             kind = DTYPES[dtype] if dtype else _stored(leaf, entry)
             planned.append(Planned(name, entry.shape, kind, _reader(entry, leaf, kind)))
@@ -227,15 +223,11 @@ def _source_config(source: Checkpoint | None, config: VLMConfig, dtype: str | No
     return raw
 
 
-def _tokenizer(
-    names: str, tokenizer: str | os.PathLike | None, source: Checkpoint | None
-) -> TokenizerFiles | None:
+def _tokenizer(names: str, tokenizer: str | os.PathLike | None, source: Checkpoint | None) -> TokenizerFiles | None:
     """Tokenizer files with the image token, for an HF export of a model whose tokenizer has none yet."""
     if names == "llava":
         return None
-    directory = (
-        Path(tokenizer) if tokenizer else source.directory if source and source.kind != "llava_hf" else None
-    )
+    directory = Path(tokenizer) if tokenizer else source.directory if source and source.kind != "llava_hf" else None
     if directory is None or not (tokenizer or any((directory / name).is_file() for name in COPIED[:2])):
         return None
     return for_export(directory)
@@ -252,9 +244,7 @@ def _with_special_tokens(
     image_token = config.llm.vocab if image_token is None else image_token
     rows = max(image_token, tokens.get("pad_token_id") or 0) + 1
     if rows > config.llm.vocab:
-        config = dataclasses.replace(
-            config, llm=dataclasses.replace(config.llm, vocab=-(-rows // ROUND) * ROUND)
-        )
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=-(-rows // ROUND) * ROUND))
     return config, image_token, tokens
 
 
@@ -270,9 +260,7 @@ def _write_files(
 ) -> None:
     """Everything beside weights and config.json: what the source has is copied, the rest is made."""
     origin = Path(tokenizer) if tokenizer else source.directory if source else None
-    same_family = source is not None and (
-        names == "source" or (source.kind == "llava_hf") == (names != "llava")
-    )
+    same_family = source is not None and (names == "source" or (source.kind == "llava_hf") == (names != "llava"))
     copied = set(COPIED if extra is None and origin is not None else ())
     for name in sorted(copied):
         if (origin / name).is_file():

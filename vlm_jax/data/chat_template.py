@@ -54,7 +54,9 @@ def _first_round(t: Template) -> str:
     """Llama-2 puts the system text inside the first user turn."""
     if t.style != "LLAMA_2" or not t.system:
         return ""
-    return f"{{% if loop.first %}}{_text(f'<<SYS>>{chr(10)}{t.system}{chr(10)}<</SYS>>{chr(10)}{chr(10)}')}{{% endif %}}"
+    return (
+        f"{{% if loop.first %}}{_text(f'<<SYS>>{chr(10)}{t.system}{chr(10)}<</SYS>>{chr(10)}{chr(10)}')}{{% endif %}}"
+    )
 
 
 def _text(text: str) -> str:

@@ -40,16 +40,27 @@ class Concatenated(Sequence[Record]):
         return self.parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
-def open_rows(data: DataConfig, model: VLMConfig, tokenizer: Tokenizer, *, epochs: int, max_bad: int, cache: Path) -> Rows:
+def open_rows(
+    data: DataConfig, model: VLMConfig, tokenizer: Tokenizer, *, epochs: int, max_bad: int, cache: Path
+) -> Rows:
     """Rows of `epochs` passes over the files of `data`, in the order that data.seed draws."""
     if not data.path:
         raise ConfigError("data.path is empty: give LLaVA JSON files, e.g. --config.data.path=\"('train.json',)\"")
     records = Concatenated([Records(p, data.image_folder or None) for p in data.path])
     encode = TextFormat(
-        tokenizer, template(data.template), compat=data.compat, start_end=data.im_start_end, keep_images=data.keep_images
+        tokenizer,
+        template(data.template),
+        compat=data.compat,
+        start_end=data.im_start_end,
+        keep_images=data.keep_images,
     )
     how = Packing(
-        row_length=data.row_length, view_budget=data.views_per_row, sample_length=data.sample_length, max_samples=data.max_samples,
-        seed=data.seed, epochs=epochs, max_bad=max_bad,
+        row_length=data.row_length,
+        view_budget=data.views_per_row,
+        sample_length=data.sample_length,
+        max_samples=data.max_samples,
+        seed=data.seed,
+        epochs=epochs,
+        max_bad=max_bad,
     )
     return Rows(records, encode, model, how, data.cache or cache, threads=data.threads)

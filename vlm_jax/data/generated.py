@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from vlm_jax.config import one_of
 from vlm_jax.data.new_tokenizer import byte_level, word_level

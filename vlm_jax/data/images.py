@@ -87,9 +87,7 @@ class Preprocess:
         best = slots.select_best_resolution(*image.size, self.pinpoints)
         columns, rows = slots.tile_grid(*image.size, self.pinpoints, self.size)
         canvas, s = resize_and_pad(image, best), self.size
-        tiles = [
-            canvas.crop((x * s, y * s, (x + 1) * s, (y + 1) * s)) for y in range(rows) for x in range(columns)
-        ]
+        tiles = [canvas.crop((x * s, y * s, (x + 1) * s, (y + 1) * s)) for y in range(rows) for x in range(columns)]
         return [image.resize((s, s), Image.Resampling.BICUBIC), *tiles]
 
     def _fit(self, image: Image.Image) -> np.ndarray:

@@ -1,9 +1,9 @@
 """What every record takes in a row, measured once and kept: packing plans and exact resume rest on this.
 
-    lengths [N]  slots of the record after cutting it to the limit; 0 = unusable
-    views   [N]  image views
-    checks  [N]  crc32 of tokens and labels, so that a changed record is noticed
-    status  [N]  OK, REJECTED (images do not fit, nothing supervised) or BAD (broken record or image)
+lengths [N]  slots of the record after cutting it to the limit; 0 = unusable
+views   [N]  image views
+checks  [N]  crc32 of tokens and labels, so that a changed record is noticed
+status  [N]  OK, REJECTED (images do not fit, nothing supervised) or BAD (broken record or image)
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import multiprocessing
 import os
 import uuid
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,9 +67,7 @@ class Layout:
         count = len(kept.images)
         views = [views_of_image(*size, self.config) for size in sizes[:count]]
         if sum(views) > self.view_budget:
-            raise TooLong(
-                f"{name} has {sum(views)} image views, but data.views_per_row={self.view_budget}"
-            )
+            raise TooLong(f"{name} has {sum(views)} image views, but data.views_per_row={self.view_budget}")
         return expand(kept, slots[:count], views, self.config.vision.features), count, sum(views)
 
     def sizes(self, sources: Sequence[images.ImageSource]) -> list[tuple[int, int]]:
@@ -79,9 +78,7 @@ class Layout:
             images.check_exists(source)
         return [(1, 1)] * len(sources)
 
-    def measure(
-        self, records: Sequence[Any], start: int, stop: int
-    ) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
+    def measure(self, records: Sequence[Any], start: int, stop: int) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
         """Rows start..stop of the manifest, [n, 4], and (index, status, sentence) of the unusable records."""
         table, notes = np.zeros((stop - start, 4), np.int64), []
         for index in range(start, stop):
@@ -150,9 +147,7 @@ def check_limit(bad: int, max_bad: int, sentence: str) -> None:
         )
 
 
-def measure(
-    records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0
-) -> Manifest:
+def measure(records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0) -> Manifest:
     """Encode every record once; stops with DataError as soon as more than `max_bad` are bad.
 
     processes > 0 starts that many workers (records and layout.encode must be picklable), else threads work.
@@ -168,18 +163,14 @@ def measure(
     for _, status, sentence in notes[:20]:
         log.warning("%s: %s", "skipped" if status == BAD else "rejected", sentence)
     if len(notes) > 20:
-        log.warning(
-            "%d skipped and %d rejected records in all", manifest.count(BAD), manifest.count(REJECTED)
-        )
+        log.warning("%d skipped and %d rejected records in all", manifest.count(BAD), manifest.count(REJECTED))
     if not len(manifest.usable):
         first = f"; the first: {notes[0][2]}" if notes else ""
         raise DataError(f"none of the {len(records)} records can be trained on{first}")
     return manifest
 
 
-def _chunks(
-    records: Sequence[Any], layout: Layout, threads: int, processes: int
-) -> Iterator[tuple[np.ndarray, list]]:
+def _chunks(records: Sequence[Any], layout: Layout, threads: int, processes: int) -> Iterator[tuple[np.ndarray, list]]:
     """`Layout.measure` over all records in chunks, in order, a bounded number of chunks ahead."""
     if processes:
         context = multiprocessing.get_context("spawn")  # fork is unsafe once JAX has started its threads

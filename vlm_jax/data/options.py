@@ -16,8 +16,9 @@ class DataConfig:
     <image> where it stands (None: only where a record has several). compat: "llava" for the original masks.
     row_length: slots per row. views_per_row: images (views) per row. sample_length: longest sample in slots. max_samples: samples
     per row; 1 is unpacked, None as many as fit. generated_watches: if positive, `path` is ignored and this many smart-watch images
-    are drawn (task `generated_task`) under the output directory, with a tokenizer of bytes ("byte") or words ("word"). seed: order of the samples. cache: folder for measured lengths
-    (empty: the output directory). threads: image readers per host.
+    are drawn (task `generated_task`) under the output directory, with a tokenizer of bytes ("byte") or words
+    ("word"). seed: order of the samples. cache: folder for measured lengths (empty: the output directory). threads: image readers per
+    host.
     """
 
     path: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ addressed by (seed, epoch, row).
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -18,8 +18,9 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -132,9 +133,7 @@ class Rows:
         record = self.records[index]
         sample, name = self.layout.encode(record), name_of(record, index)
         if checksum(sample) != self.manifest.checks[index]:
-            raise DataError(
-                f"{name} has changed since its length was measured: restart to measure the data again"
-            )
+            raise DataError(f"{name} has changed since its length was measured: restart to measure the data again")
         try:
             loaded = [images.load_views(source, self.preprocess) for source in sources_of(sample, name)]
         except images.ImageError as error:
@@ -142,9 +141,7 @@ class Rows:
             return packing.Piece(length, views, None, None)
         slots, count, found = self.layout.place(sample, [size for _, size in loaded], name)
         if (len(slots), found) != (length, views):
-            raise DataError(
-                f"an image of {name} has changed its size since it was measured: restart to measure again"
-            )
+            raise DataError(f"an image of {name} has changed its size since it was measured: restart to measure again")
         pixels = np.concatenate([v for v, _ in loaded[:count]]) if count else None
         return packing.Piece(length, views, slots, pixels)
 

@@ -14,8 +14,8 @@ import array
 import dataclasses
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 from vlm_jax.config import UserError
 from vlm_jax.data.templates import IMAGE_TEXT
@@ -95,9 +95,7 @@ class Records(Sequence[Record]):
 def record_of(raw, index: int, path: str | Path = "data", image_folder: str | Path | None = None) -> Record:
     """A parsed record, checked: RecordError says in one sentence what is wrong where."""
     if not isinstance(raw, dict):
-        raise RecordError(
-            f"{path}: record {index} is {type(raw).__name__}, not an object with `conversations`"
-        )
+        raise RecordError(f"{path}: record {index} is {type(raw).__name__}, not an object with `conversations`")
     where = f"{path}: record {index}" + (f" (id {raw['id']})" if "id" in raw else "")
     turns = _turns(raw.get("conversations"), where)
     images = _images(raw.get("image"), where)
@@ -109,9 +107,7 @@ def record_of(raw, index: int, path: str | Path = "data", image_folder: str | Pa
             "each image needs exactly one"
         )
     folder = os.fspath(image_folder) if image_folder is not None else ""
-    return Record(
-        str(raw.get("id", index)), turns, tuple(os.path.join(folder, image) for image in images), where
-    )
+    return Record(str(raw.get("id", index)), turns, tuple(os.path.join(folder, image) for image in images), where)
 
 
 def _turns(conversations, where: str) -> tuple[Turn, ...]:
@@ -123,9 +119,7 @@ def _turns(conversations, where: str) -> tuple[Turn, ...]:
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise RecordError(f"{where} has a turn {k} from {speaker!r}: `from` must be human or gpt")
         if not isinstance(turn.get("value"), str):
-            raise RecordError(
-                f"{where} has a turn {k} whose value is {type(turn.get('value')).__name__}, not text"
-            )
+            raise RecordError(f"{where} has a turn {k} whose value is {type(turn.get('value')).__name__}, not text")
         if turns and turns[-1][0] == ROLES[speaker]:
             raise RecordError(
                 f"{where} has its roles out of order: turn {k} is again {speaker}, but they must alternate"

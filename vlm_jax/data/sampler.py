@@ -13,7 +13,7 @@ played back.
 from __future__ import annotations
 
 import math
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vlm_jax.data.records import Record
 

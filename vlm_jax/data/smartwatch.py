@@ -82,7 +82,9 @@ def hand_ends(watch: Watch) -> list[tuple[float, float]]:
 def battery_font() -> ImageFont.FreeTypeFont:
     """Pillow's built-in Aileron Regular at size 10; only a Pillow with FreeType (from 10.1 on) has it."""
     if not features.check("freetype2"):
-        raise UserError("the battery text needs Pillow with FreeType: reinstall it with `pip install --force-reinstall pillow`")
+        raise UserError(
+            "the battery text needs Pillow with FreeType: reinstall it with `pip install --force-reinstall pillow`"
+        )
     return ImageFont.load_default(size=10)
 
 

@@ -1,8 +1,8 @@
 """A smart-watch data set on disk, drawn by several processes; an interrupted call goes on where it stopped.
 
-    folder/settings.json   count, seed, style ...: what the folder holds or will hold     written first
-    folder/images/7.png    224 x 224 RGB                                                  written whole or not at all
-    folder/records.json    LLaVA records of all images                                    written last: the set is complete
+folder/settings.json   count, seed, style ...: what the folder holds or will hold     written first
+folder/images/7.png    224 x 224 RGB                                                  written whole or not at all
+folder/records.json    LLaVA records of all images                                    written last: the set is complete
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def draw_all(settings: WatchSet) -> tuple[list[Watch], list[dict[str, Any]]]:
     """(watches, records) of a set, from one random stream as in the published generator: watch, its texts, next watch."""
     rng, watches, records = random.Random(settings.seed), [], []
     for i in range(settings.count):
-        watch = dataclasses.replace(sample_watch(rng), material=settings.material, material_alpha=settings.material_alpha)
+        watch = dataclasses.replace(
+            sample_watch(rng), material=settings.material, material_alpha=settings.material_alpha
+        )
         watches.append(watch)
         if settings.style == "published":
             records += published_records(rng, watch, f"{i}.png")
@@ -83,7 +85,9 @@ def _claim(folder: Path, settings: WatchSet) -> None:
     if file.exists():
         found = json.loads(file.read_text())
         if found != wanted:
-            raise UserError(f"{folder} holds smart-watches drawn with {found}, not {wanted}: name another folder or delete it")
+            raise UserError(
+                f"{folder} holds smart-watches drawn with {found}, not {wanted}: name another folder or delete it"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, json.dumps(wanted, indent=4))

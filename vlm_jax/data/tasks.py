@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,9 +79,7 @@ class TextFormat:
     def __call__(self, record: Record) -> Sample:
         """RecordError names the record if the template cannot take it or its images do not fit its text."""
         keep = len(record.images) > 1 if self.keep_images is None else self.keep_images
-        turns = (
-            place_images(record.turns, self.template, self.start_end, keep) if record.images else record.turns
-        )
+        turns = place_images(record.turns, self.template, self.start_end, keep) if record.images else record.turns
         try:
             tokens, labels = encode_dialogue(turns, self, bool(record.images))
         except TemplateError as error:
@@ -114,9 +113,7 @@ def place_images(
     return tuple(placed)
 
 
-def encode_dialogue(
-    turns: Sequence[Turn], form: TextFormat, has_image: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_dialogue(turns: Sequence[Turn], form: TextFormat, has_image: bool) -> tuple[np.ndarray, np.ndarray]:
     """Turns -> tokens int32 [n], labels int32 [n]; `has_image`: `<image>` is an image, else it is text."""
     tokenizer = form.tokenizer
     parts = training_pieces(form.template, turns)
@@ -127,9 +124,7 @@ def encode_dialogue(
         ids, spans = ids[: form.max_length], spans[: form.max_length]
     tokens = np.asarray(ids, np.int32)
     if form.compat:
-        said = llava_masks.supervised(
-            form.template, turns, text, tokens, tokenizer, has_image, form.max_length
-        )
+        said = llava_masks.supervised(form.template, turns, text, tokens, tokenizer, has_image, form.max_length)
     else:
         said = touched(spans, parts)
     return tokens, np.where(said & (tokens != IMAGE), tokens, IGNORE).astype(np.int32)
@@ -197,9 +192,7 @@ def prompt(
     placed = [with_images(text, 0, start_end) for text in texts]
     if not any(IMAGE_TEXT in text for text in placed):
         placed[0] = with_images(placed[0], images, start_end)
-    tokens = np.asarray(
-        tokenizer.encode_images(render(template, messages_of(template, [*placed, None]))), np.int32
-    )
+    tokens = np.asarray(tokenizer.encode_images(render(template, messages_of(template, [*placed, None]))), np.int32)
     shown = int((tokens == IMAGE).sum())
     if shown != images:
         raise TemplateError(

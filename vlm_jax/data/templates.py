@@ -14,16 +14,15 @@ haotian-liu/LLaVA v1.2.2 (`llava/conversation.py`).
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from vlm_jax.config import UserError
 
 IMAGE_TEXT = "<image>"
 PLACEHOLDER_TEXT = "<image-placeholder>"
 
-Message = (
-    str | tuple | None
-)  # text; (text, image, mode) as a web page sends it; None for the turn to be generated
+Message = str | tuple | None  # text; (text, image, mode) as a web page sends it; None for the turn to be generated
 
 
 class TemplateError(UserError):
@@ -107,9 +106,7 @@ _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 _V0 = Template(_HUMAN, _OLD, "SINGLE", "###", messages=_EXAMPLE, offset=2)
 _V1 = Template(_USER, _NEW, "TWO", " ", "</s>", "v1")
 _PLAIN = Template("", ("", ""), "PLAIN", "\n")
-_CHATML_DIRECT = Template(
-    "<|im_start|>system\nAnswer the questions.", _CHATML, "MPT", "<|im_end|>", version="mpt"
-)
+_CHATML_DIRECT = Template("<|im_start|>system\nAnswer the questions.", _CHATML, "MPT", "<|im_end|>", version="mpt")
 
 TEMPLATES: dict[str, Template] = {
     "default": _V0,
@@ -244,9 +241,7 @@ def _llama_2(t: Template, texts: list) -> list[Piece]:
     out = []
     for i, (role, text, said) in enumerate(texts):
         if i == 0 and (not said or role != t.roles[0]):
-            raise TemplateError(
-                f"a {t.version} dialogue must begin with a message of {t.roles[0]} that is not empty"
-            )
+            raise TemplateError(f"a {t.version} dialogue must begin with a message of {t.roles[0]} that is not empty")
         if i == 0 and t.system:
             text = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n{text}"
         if said:
@@ -259,9 +254,7 @@ def _plain(t: Template, texts: list) -> list[Piece]:
     out = [Piece(t.system)]
     for i, (_, text, said) in enumerate(texts):
         if said and i % 2 and t.sep2 is None:
-            raise TemplateError(
-                "a plain template cannot close an answer: leave it open, or use another template"
-            )
+            raise TemplateError("a plain template cannot close an answer: leave it open, or use another template")
         out.append(Piece(text + (t.sep, t.sep2)[i % 2] if said else "", i % 2 == 1))
     return out
 

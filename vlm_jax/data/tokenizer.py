@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from vlm_jax.config import IMAGE, UserError
 from vlm_jax.data.templates import IMAGE_TEXT
@@ -49,8 +50,7 @@ class Tokenizer:
         self.model, self.names, self.source, self.settings = model, dict(names), source, dict(settings or {})
         self.prefix, self.suffix = tuple(prefix), tuple(suffix)
         self.bos_id, self.eos_id, self.unk_id, pad = (
-            None if names.get(kind) is None else model.id_of(names[kind])
-            for kind in ("bos", "eos", "unk", "pad")
+            None if names.get(kind) is None else model.id_of(names[kind]) for kind in ("bos", "eos", "unk", "pad")
         )
         self.pad_id = next((i for i in (pad, self.unk_id, self.eos_id) if i is not None), None)
 
@@ -186,9 +186,7 @@ def load_tokenizer(
         )
     settings = _settings(path) if path.is_dir() else {}
     given = {"bos": bos, "eos": eos, "unk": unk, "pad": pad}
-    names = {
-        kind: given[kind] or _content(settings.get(f"{kind}_token", usual)) for kind, usual in _NAMES.items()
-    }
+    names = {kind: given[kind] or _content(settings.get(f"{kind}_token", usual)) for kind, usual in _NAMES.items()}
     if file.suffix == ".json":
         model = _parsed(file, lambda: TokenizersModel(file.read_text(encoding="utf-8")))
         model = model.with_tokens(added) if added else model

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 # Protobuf merges a message that is appended to another: this is {normalizer_spec: {add_dummy_prefix: false}}.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from vlm_jax.config import one_of
 from vlm_jax.evaluate import smartwatch
@@ -26,7 +27,16 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def evaluate(
-    model: str, task: str, data: str, *, dtype: str = "", out: str = "", batch: int = 16, limit: int = 0, history: str = "true", template: str = ""
+    model: str,
+    task: str,
+    data: str,
+    *,
+    dtype: str = "",
+    out: str = "",
+    batch: int = 16,
+    limit: int = 0,
+    history: str = "true",
+    template: str = "",
 ) -> None:
     """Ask `model` everything of `task` greedily, print the table and write the result with all answers to `out`.
 

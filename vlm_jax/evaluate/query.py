@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -37,7 +37,9 @@ class Model:
         with tqdm(total=len(queries), unit="question", desc="ask", file=sys.stderr, disable=not self.progress) as bar:
             for start in range(0, len(queries), step):
                 group = queries[start : start + step]
-                prompts = [self.loaded.prompt(query.texts, [self.loaded.picture(i) for i in query.images]) for query in group]
+                prompts = [
+                    self.loaded.prompt(query.texts, [self.loaded.picture(i) for i in query.images]) for query in group
+                ]
                 answers += self.generator.text(prompts, how)
                 bar.update(len(group))
         return answers

@@ -22,11 +22,13 @@ SMOOTHING = 25  # updates averaged in the drawn curves
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c2430; background: #f7f8fa; }
 h1 { margin-bottom: 0; } h1 + p { margin-top: .3rem; color: #5a6675; }
-table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: left; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: left; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .panel { background: #fff; border: 1px solid #dde2e8; border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
 .summary { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; } .summary img { max-width: 100%; flex: 1 1 28rem; }
 .summary tbody tr { border-top: 1px solid #edf0f3; } .bar { width: 9rem; height: .7rem; background: #e7ebef; position: relative; }
-.bar i { position: absolute; inset: 0 auto 0 0; background: #2f7ed8; } .bar b { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; background: #1c2430; }
+.bar i { position: absolute; inset: 0 auto 0 0; background: #2f7ed8; }
+.bar b { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; background: #1c2430; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(23rem, 1fr)); gap: 1rem; }
 .watch { display: flex; gap: .8rem; background: #fff; border: 1px solid #dde2e8; border-radius: .5rem; padding: .7rem; }
 .watch img { width: 9.5rem; height: 9.5rem; border: 1px solid #edf0f3; image-rendering: auto; }
@@ -80,7 +82,14 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, float, floa
     return [(NAMES.get(key, key), kind, value, chance.get(key)) for key, kind, value in rows]
 
 
-def write_page(path: Path, summary: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], images: Path, curves: Path, shown: int = 30) -> None:
+def write_page(
+    path: Path,
+    summary: Mapping[str, Any],
+    answers: Sequence[Mapping[str, Any]],
+    images: Path,
+    curves: Path,
+    shown: int = 30,
+) -> None:
     """report.html: summary, curves, and the first `shown` watches with every question.
 
     answers: dicts with image, question, answer, truth, right and score, as evaluate.smartwatch gives them.
@@ -118,7 +127,9 @@ def _table(summary: Mapping[str, Any]) -> str:
         mark = "" if chance is None else f'<b style="left:{100 * chance:.1f}%"></b>'
         guess = "" if chance is None else f"{chance:.3f}"
         bar = f'<div class="bar"><i style="width:{100 * value:.1f}%"></i>{mark}</div>'
-        rows.append(f'<tr><td>{html.escape(name)}</td><td>{kind}</td><td class="n">{value:.3f}</td><td class="n">{guess}</td><td>{bar}</td></tr>')
+        rows.append(
+            f'<tr><td>{html.escape(name)}</td><td>{kind}</td><td class="n">{value:.3f}</td><td class="n">{guess}</td><td>{bar}</td></tr>'
+        )
     head = '<tr><th>asked</th><th></th><th class="n">result</th><th class="n">chance</th><th></th></tr>'
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
@@ -127,9 +138,15 @@ def _watch(image: Path, asked: Sequence[Mapping[str, Any]]) -> str:
     items = []
     for one in asked:
         kind = "right" if one["right"] else "wrong"
-        truth = "" if one["right"] else f' <span class="truth">truth {html.escape(one["truth"])}, score {one["score"]:.2f}</span>'
+        truth = (
+            ""
+            if one["right"]
+            else f' <span class="truth">truth {html.escape(one["truth"])}, score {one["score"]:.2f}</span>'
+        )
         mark = "&#10003;" if one["right"] else "&#10007;"
-        items.append(f'<dt>{html.escape(one["question"])}</dt><dd class="{kind}">{mark} {html.escape(one["answer"]) or "(nothing)"}{truth}</dd>')
+        items.append(
+            f'<dt>{html.escape(one["question"])}</dt><dd class="{kind}">{mark} {html.escape(one["answer"]) or "(nothing)"}{truth}</dd>'
+        )
     return f'<div class="watch"><img alt="watch {html.escape(image.stem)}" src="{_embedded(image)}"><dl>{"".join(items)}</dl></div>'
 
 

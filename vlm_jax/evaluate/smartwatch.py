@@ -1,14 +1,15 @@
 """The smart-watch benchmark: every question about every held-out watch, scored by `watch` and shown beside what guessing gives.
 
-    data     a folder with records.json (or train.json) and images/, or such a JSON file with images/ beside it
-    history  what stands before the later questions of a dialogue: "true" answers, the model's "own", or "none" (the image and the question)
+data     a folder with records.json (or train.json) and images/, or such a JSON file with images/ beside it
+history  what stands before the later questions of a dialogue: "true" answers, the model's "own", or "none" (the image and the question)
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from vlm_jax.config import UserError, one_of
 from vlm_jax.data.images import ImageSource
@@ -22,7 +23,9 @@ HISTORIES = ("true", "own", "none")
 Answer = Callable[[Sequence[Query], int], list[str]]
 
 
-def smartwatch(answer: Answer, data: Path, limit: int = 0, history: str = "true", reference: Sequence[dict] = ()) -> dict[str, Any]:
+def smartwatch(
+    answer: Answer, data: Path, limit: int = 0, history: str = "true", reference: Sequence[dict] = ()
+) -> dict[str, Any]:
     """Scores and answers. limit: first records only, 0 is all; reference: training records, from which the best guesses are taken.
 
     Returns accuracy, score, chance and count by attribute (see watch.summarise) and `answers`, one dict per question.
@@ -69,19 +72,27 @@ def read_records(data: Path) -> tuple[list[dict], Path]:
     files = [data / name for name in ("records.json", "train.json")] if data.is_dir() else [data]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise UserError(f"{data} holds no smart-watch records: give a folder with records.json and images, or the JSON file")
+        raise UserError(
+            f"{data} holds no smart-watch records: give a folder with records.json and images, or the JSON file"
+        )
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     for number, record in enumerate(records if isinstance(records, list) else [None]):
         if not _is_dialogue(record):
-            raise UserError(f"{file}: record {number} is no smart-watch record: it needs `image` and `conversations` with text in `value`")
+            raise UserError(
+                f"{file}: record {number} is no smart-watch record: it needs `image` and `conversations` with text in `value`"
+            )
     return records, file.parent / "images"
 
 
 def _is_dialogue(record: Any) -> bool:
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list) or not isinstance(record.get("image"), str):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("conversations"), list)
+        or not isinstance(record.get("image"), str)
+    ):
         return False
     return all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in record["conversations"])
 
@@ -93,5 +104,7 @@ def table(result: dict[str, Any]) -> str:
     for kind in ("accuracy", "score"):
         for name, value in result[kind].items():
             guess = f"{chance[name]:8.3f}" if name in chance else " " * 8
-            lines.append(f"{kind + ' ' if kind == 'score' else ''}{name:<{16 if kind == 'accuracy' else 10}}{value:8.3f}{guess}")
+            lines.append(
+                f"{kind + ' ' if kind == 'score' else ''}{name:<{16 if kind == 'accuracy' else 10}}{value:8.3f}{guess}"
+            )
     return "\n".join(lines)

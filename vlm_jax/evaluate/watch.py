@@ -38,7 +38,7 @@ class Question:
 
 
 def kind_of(truth: str) -> str:
-    """"time", "weather", "position" or "battery", read from the true answer; "" if it is none of them."""
+    """ "time", "weather", "position" or "battery", read from the true answer; "" if it is none of them."""
     if ":" in truth:
         return "time"
     if any(word in truth for word in WEATHERS):
@@ -170,7 +170,9 @@ def chance(train: Sequence[Question], test: Sequence[Question]) -> dict[str, flo
     for name, truths in sorted(asked.items()):
         seen = known[name] or truths
         commonest = collections.Counter(seen).most_common(1)[0][0]
-        out[f"{name}_exact" if name in GRADED else name] = _mean([float(is_right(truth, commonest)) for truth in truths])
+        out[f"{name}_exact" if name in GRADED else name] = _mean(
+            [float(is_right(truth, commonest)) for truth in truths]
+        )
         if name in GRADED:
             constant = best_constant(seen)
             out[name] = _mean([score(truth, constant) for truth in truths])

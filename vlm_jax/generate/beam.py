@@ -7,7 +7,8 @@ go on. A prompt is finished when its K closed hypotheses cannot be beaten by the
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,9 @@ def _start(config, compute, params, batch, *, new: int, width: int, keep: int) -
     return _best(jnp.repeat(logits, width, 0), scores, keep), cache, jnp.repeat(positions, width, 0)
 
 
-def _step(config, compute, params, cache: Cache, origin, token, position, scores, *, keep: int) -> tuple[Candidates, Cache]:
+def _step(
+    config, compute, params, cache: Cache, origin, token, position, scores, *, keep: int
+) -> tuple[Candidates, Cache]:
     """Continue row origin[r] with token[r]: all [B*K], scores [B, K]."""
     cache = cache._replace(k=jnp.take(cache.k, origin, 1), v=jnp.take(cache.v, origin, 1))
     with exact(compute):

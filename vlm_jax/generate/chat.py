@@ -1,14 +1,15 @@
 """`python -m vlm_jax chat`: a conversation in the terminal, images by command, the answer appearing as it is made.
 
-    /image PATH   show an image with the next message        /clear   forget the conversation
-    /help         these lines                                /exit    leave (so does the end of the input)
+/image PATH   show an image with the next message        /clear   forget the conversation
+/help         these lines                                /exit    leave (so does the end of the input)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, Sequence, TextIO
+from collections.abc import Sequence
+from typing import Any, TextIO
 
 from vlm_jax.data.images import ImageSource
 from vlm_jax.data.templates import with_images
@@ -22,7 +23,14 @@ HELP = """/image PATH   show an image with the next message
 
 
 def chat(
-    model: str, *, image: Sequence[str] = (), template: str = "", dtype: str = "", seed: int = 0, stop: Sequence[str] = (), **decoding: Any
+    model: str,
+    *,
+    image: Sequence[str] = (),
+    template: str = "",
+    dtype: str = "",
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    **decoding: Any,
 ) -> None:
     """Talk on stdin and stdout; `image` files are shown with the first message. decoding: further fields of generate.decode.Decoding."""
     how, mesh = Decoding(stop=tuple(stop), **decoding), usual_mesh()

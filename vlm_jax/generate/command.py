@@ -13,8 +13,9 @@ import json
 import sys
 import uuid
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -68,7 +69,12 @@ def generate(
 
 
 def answer(
-    loaded: Loaded, generator: Generator, questions: Sequence[Question], how: Decoding, seed: int = 0, image_folder: str = ""
+    loaded: Loaded,
+    generator: Generator,
+    questions: Sequence[Question],
+    how: Decoding,
+    seed: int = 0,
+    image_folder: str = "",
 ) -> Iterator[str]:
     """The answers in order; images are read a few batches ahead. A sampled answer depends on its question and `seed` alone."""
     how = dataclasses.replace(how, stop=tuple(how.stop) + loaded.stop)
@@ -86,11 +92,15 @@ def answer(
 def read_questions(path: str) -> Iterator[Question]:
     """Questions of a JSONL file; a broken line raises one sentence naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at marks that JSON text may hold
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # splitlines() would also cut at marks that JSON text may hold
     except OSError as error:
         raise ConfigError(f"the question file {path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the question file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ConfigError(
+            f"the question file {path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     if not any(map(str.strip, lines)):
         raise ConfigError(f"the question file {path} holds no questions")
     for number, line in enumerate(lines, start=1):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from typing import Any, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ class Decoding:
                 "cannot be used: they need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and repetition_penalty > 0"
             )
         if self.beams > 1 and not self.plain:
-            raise ConfigError(f"beams={self.beams} searches without sampling: set temperature=0 and repetition_penalty=1")
+            raise ConfigError(
+                f"beams={self.beams} searches without sampling: set temperature=0 and repetition_penalty=1"
+            )
         if "" in self.stop:
             raise ConfigError("an empty stop string ends every text at once: remove it")
 
@@ -98,7 +101,9 @@ class Generator:
     def programs(self) -> Programs:
         return programs(self.config, self.compute, self.mesh)
 
-    def tokens(self, prompts: Sequence[Prompt], how: Decoding = Decoding(), seeds: Sequence[int] | None = None) -> list[list[int]]:
+    def tokens(
+        self, prompts: Sequence[Prompt], how: Decoding = Decoding(), seeds: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """New ids of every prompt, in order, the EOS included where one ended it. seeds: one per prompt (default: all 0)."""
         seeds = [0] * len(prompts) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
@@ -113,12 +118,16 @@ class Generator:
             if how.beams > 1:
                 found = beam_search(self, batch, how)
             else:
-                *_, found = self._advance(batch, how, [seeds[i] for i in chosen], STOP_CHUNK if how.stop else how.max_new_tokens)
+                *_, found = self._advance(
+                    batch, how, [seeds[i] for i in chosen], STOP_CHUNK if how.stop else how.max_new_tokens
+                )
             for i, ids in zip(chosen, found):
                 answers[i] = ids
         return answers
 
-    def text(self, prompts: Sequence[Prompt], how: Decoding = Decoding(), seeds: Sequence[int] | None = None) -> list[str]:
+    def text(
+        self, prompts: Sequence[Prompt], how: Decoding = Decoding(), seeds: Sequence[int] | None = None
+    ) -> list[str]:
         """Decoded answers without special tokens, stop strings and white space at the ends."""
         return [stop.cut(self.tokenizer.decode(ids), how.stop) for ids in self.tokens(prompts, how, seeds)]
 
@@ -157,9 +166,14 @@ class Generator:
         current = rules.current()
         if current is None:
             return jax.device_put(batch)
-        return {k: jax.device_put(x, rules.sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, *current)) for k, x in batch.items()}
+        return {
+            k: jax.device_put(x, rules.sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, *current))
+            for k, x in batch.items()
+        }
 
-    def _advance(self, placed: Sequence[Placed], how: Decoding, seeds: Sequence[int], every: int) -> Iterator[list[list[int]]]:
+    def _advance(
+        self, placed: Sequence[Placed], how: Decoding, seeds: Sequence[int], every: int
+    ) -> Iterator[list[list[int]]]:
         """Decode one batch; yields the new ids of every prompt so far, after `every` tokens or fewer and at the end."""
         shape, most = self.shapes(placed), bucket(how.max_new_tokens, NEW_BUCKET)
         rows, n, room = shape["rows"], len(placed), min(most, FIRST_ROOM)

@@ -1,15 +1,16 @@
 """A model directory as everything that answering needs: config, parameters on their devices, tokenizer, preprocessing, template.
 
-    HF LLaVA directory, original LLaVA directory   config.json + weights + tokenizer files
-    run directory of ours                          the export in it
+HF LLaVA directory, original LLaVA directory   config.json + weights + tokenizer files
+run directory of ours                          the export in it
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,9 @@ class Loaded(NamedTuple):
     def generator(self, *, dtype: str = "", mesh: Mesh | None = None, batch_size: int = 8) -> Generator:
         """A Generator that computes in `dtype` (default: `usual_dtype`)."""
         compute = Compute(dtype=dtype or usual_dtype(), vision_dtype=dtype or usual_dtype())
-        return Generator(self.config, self.params, self.tokenizer, compute=compute, mesh=mesh, eos=self.eos, batch_size=batch_size)
+        return Generator(
+            self.config, self.params, self.tokenizer, compute=compute, mesh=mesh, eos=self.eos, batch_size=batch_size
+        )
 
 
 def usual_dtype() -> str:
@@ -100,7 +103,9 @@ def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = No
     params = place(checkpoint, jnp.dtype(dtype or usual_dtype()), mesh)
     start_end = bool(checkpoint.raw.get("mm_use_im_start_end")) or START_END in _chat_template(directory)
     config = checkpoint.config
-    return Loaded(config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end)
+    return Loaded(
+        config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end
+    )
 
 
 def place(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,7 @@ def exact(compute: Compute) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest") if compute.dtype == "float32" else contextlib.nullcontext()
 
 
-def read_prompts(
-    model: VLM, compute: Compute, batch: Mapping[str, jax.Array], slots: int
-) -> tuple[jax.Array, Cache]:
+def read_prompts(model: VLM, compute: Compute, batch: Mapping[str, jax.Array], slots: int) -> tuple[jax.Array, Cache]:
     """Run the prompts [B, T] through the model: (float32 logits [B, V] after the last slot, cache of `slots` slots)."""
     rows = batch["tokens"].shape[0]
     cache = empty_cache(model.config.llm, rows, slots, jnp.dtype(compute.dtype))
@@ -101,7 +100,14 @@ def _prefill(
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], batch["tokens"]].max(text)
     token = _next(logits, keys, settings, seen, jnp.int32(0), plain)
     state = State(
-        cache, jnp.zeros((rows, new), jnp.int32), token, real.sum(axis=1, dtype=jnp.int32), ~real[:, -1], keys, seen, jnp.int32(0)
+        cache,
+        jnp.zeros((rows, new), jnp.int32),
+        token,
+        real.sum(axis=1, dtype=jnp.int32),
+        ~real[:, -1],
+        keys,
+        seen,
+        jnp.int32(0),
     )
     return _append(state, token, eos)
 
@@ -129,12 +135,16 @@ def _grow(state: State, *, new: int) -> State:
     more = new - state.out.shape[1]
     slots = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
     cache = state.cache._replace(
-        k=jnp.pad(state.cache.k, slots), v=jnp.pad(state.cache.v, slots), segments=jnp.pad(state.cache.segments, ((0, 0), (0, more)))
+        k=jnp.pad(state.cache.k, slots),
+        v=jnp.pad(state.cache.v, slots),
+        segments=jnp.pad(state.cache.segments, ((0, 0), (0, more))),
     )
     return state._replace(cache=cache, out=jnp.pad(state.out, ((0, 0), (0, more))))
 
 
-def _next(logits: jax.Array, keys: jax.Array, settings: Settings, seen: jax.Array | None, step: jax.Array, plain: bool) -> jax.Array:
+def _next(
+    logits: jax.Array, keys: jax.Array, settings: Settings, seen: jax.Array | None, step: jax.Array, plain: bool
+) -> jax.Array:
     """The next token of every row; `plain` is greedy for all rows, without the sorting that sampling needs."""
     if plain:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,13 +1,13 @@
 """Prompts as left-padded rows of a few fixed sizes, so that few programs are compiled and every row ends at the same slot.
 
-    tokens    . . . 1 <image> 5 6       segments  0 0 0 1 1 1 1 1       the model then writes all rows at one cache index
-    slots     . . . 1 p p p p 5 6       positions 0 0 0 0 1 2 3 4 ...   restart where the prompt begins
+tokens    . . . 1 <image> 5 6       segments  0 0 0 1 1 1 1 1       the model then writes all rows at one cache index
+slots     . . . 1 p p p p 5 6       positions 0 0 0 0 1 2 3 4 ...   restart where the prompt begins
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -70,7 +70,9 @@ def place(prompt: Prompt, config: VLMConfig, name: str = "the prompt") -> Placed
     S, parts, first = config.vision.image_size, [], 0
     for picture in prompt.images:
         if picture.views.ndim != 4 or picture.views.shape[1:] != (S, S, 3):
-            raise PromptError(f"{name} has an image of shape {picture.views.shape}, but the model reads [views, {S}, {S}, 3]")
+            raise PromptError(
+                f"{name} has an image of shape {picture.views.shape}, but the model reads [views, {S}, {S}, 3]"
+            )
         relative = slots_of_views(len(picture.views), *picture.size, config)
         parts.append(np.where(relative == NEWLINE, NEWLINE, relative + first * config.vision.features))
         first += len(picture.views)
@@ -79,7 +81,9 @@ def place(prompt: Prompt, config: VLMConfig, name: str = "the prompt") -> Placed
     slots = np.repeat(np.where(tokens == IMAGE, NEWLINE - 1, -1), takes)
     if parts:
         slots[slots == NEWLINE - 1] = np.concatenate(parts)
-    return Placed(np.repeat(np.where(tokens == IMAGE, 0, tokens), takes).astype(np.int32), slots.astype(np.int32), prompt)
+    return Placed(
+        np.repeat(np.where(tokens == IMAGE, 0, tokens), takes).astype(np.int32), slots.astype(np.int32), prompt
+    )
 
 
 def bucket(n: int, smallest: int) -> int:

@@ -1,11 +1,12 @@
 """Where generated text ends: stop strings are looked for in the decoded text, so they may begin or end inside a token.
 
-    ids 12 7 91 ...  --decode-->  "It is sunny\\nUSER: and"  --stop "\\nUSER:"-->  "It is sunny"
+ids 12 7 91 ...  --decode-->  "It is sunny\\nUSER: and"  --stop "\\nUSER:"-->  "It is sunny"
 """
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 
 def find(text: str, stops: Sequence[str]) -> int:
@@ -25,7 +26,9 @@ def shortest(ids: Sequence[int], tokenizer: Any, stops: Sequence[str], known: in
     if not stops or find(tokenizer.decode(ids, skip_special=False), stops) < 0:
         return None
     ends = range(known + 1, len(ids) + 1)
-    return list(next(ids[:n] for n in ends if n == len(ids) or find(tokenizer.decode(ids[:n], skip_special=False), stops) >= 0))
+    return list(
+        next(ids[:n] for n in ends if n == len(ids) or find(tokenizer.decode(ids[:n], skip_special=False), stops) >= 0)
+    )
 
 
 def settled(text: str, stops: Sequence[str]) -> str:

@@ -126,7 +126,13 @@ class Llama(nnx.Module):
         self.head = None if c.tie else Head(c, rngs)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache | None = None, impl: str = "auto", remat: str = "none"
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: Cache | None = None,
+        impl: str = "auto",
+        remat: str = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """x [B, T, D], positions and segments [B, T] -> (hidden [B, T, D], cache).
 
@@ -139,7 +145,9 @@ class Llama(nnx.Module):
             keys = jax.lax.dynamic_update_slice(cache.segments, segments, (0, offset))
             stored = (cache.k, cache.v)
         mask = Mask(causal=True, window=c.window, q_segments=segments, k_segments=keys, q_offset=offset)
-        ctx = Context(rope_tables(positions, c.head_dim, c.rope, c.max_position), mask, impl, None if cache is None else offset)
+        ctx = Context(
+            rope_tables(positions, c.head_dim, c.rope, c.max_position), mask, impl, None if cache is None else offset
+        )
 
         def step(block: Block, carry: tuple, layer: jax.Array) -> tuple[tuple, None]:
             x, stored = carry
@@ -161,4 +169,6 @@ class Llama(nnx.Module):
 def empty_cache(c: LLMConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache for `rows` rows of at most `slots` slots."""
     shape = (c.layers, rows, slots, c.kv_heads, c.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    return Cache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32)
+    )

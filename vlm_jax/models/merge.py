@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from vlm_jax.parallel.rules import shard
 
 
-def merge_images(text: jax.Array, features: jax.Array, image_slots: jax.Array, newline: jax.Array | None = None) -> jax.Array:
+def merge_images(
+    text: jax.Array, features: jax.Array, image_slots: jax.Array, newline: jax.Array | None = None
+) -> jax.Array:
     """text [B, T, D], features [B, I*P, D], image_slots int32 [B, T] (-1: text; I*P: newline) -> [B, T, D]."""
     if newline is not None:
         row = jnp.broadcast_to(newline.astype(features.dtype), (features.shape[0], 1, features.shape[2]))

@@ -11,7 +11,7 @@ A grid is (gw, gh) tiles of S x S pixels, p patches per tile side. Geometry of L
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -87,9 +87,7 @@ def select_best_resolution(width: int, height: int, pinpoints: Sequence[tuple[in
         if kept > most_kept or (kept == most_kept and waste < least_waste):
             best, most_kept, least_waste = (w, h), kept, waste
     if best is None:
-        raise ConfigError(
-            "model.aspect=anyres needs model.pinpoints, the (width, height) grids to choose from"
-        )
+        raise ConfigError("model.aspect=anyres needs model.pinpoints, the (width, height) grids to choose from")
     return best
 
 

@@ -26,7 +26,9 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         self.heads = c.heads
-        self.q, self.k, self.v = (Linear(c.width, c.width, ("embed", "heads"), rngs, bias=True, std=c.init_std) for _ in range(3))
+        self.q, self.k, self.v = (
+            Linear(c.width, c.width, ("embed", "heads"), rngs, bias=True, std=c.init_std) for _ in range(3)
+        )
         self.o = Linear(c.width, c.width, ("heads", "embed"), rngs, bias=True, std=c.init_std)
 
     def __call__(self, x: jax.Array, impl: str) -> jax.Array:

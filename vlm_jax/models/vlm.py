@@ -1,7 +1,7 @@
 """The assembled model: tower -> projector -> slots -> decoder, and its life as a flat dict of arrays.
 
-    batch (all [B, ...], see data.packing): tokens, image_slots, positions, segments int32 [B, T]; images uint8 [B, I, S, S, 3]
-    forward(model, batch) -> hidden [B, T, D];   logits = hidden @ model.llm.head_kernel()
+batch (all [B, ...], see data.packing): tokens, image_slots, positions, segments int32 [B, T]; images uint8 [B, I, S, S, 3]
+forward(model, batch) -> hidden [B, T, D];   logits = hidden @ model.llm.head_kernel()
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,9 @@ class VLM(nnx.Module):
         projected = self.projector(features.astype(compute.dtype))
         return shard(projected.reshape(B, -1, projected.shape[-1]), "batch", None, None)
 
-    def embed(self, tokens: jax.Array, image_slots: jax.Array, features: jax.Array | None, compute: Compute = Compute()) -> jax.Array:
+    def embed(
+        self, tokens: jax.Array, image_slots: jax.Array, features: jax.Array | None, compute: Compute = Compute()
+    ) -> jax.Array:
         """Text embeddings with the features in their slots: [B, T, D]."""
         x = self.llm.embed(tokens, jnp.dtype(compute.dtype))
         if features is None:

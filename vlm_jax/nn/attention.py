@@ -66,7 +66,9 @@ class Mask:
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, impl: str = "auto", scale: float | None = None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, impl: str = "auto", scale: float | None = None
+) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; see the module docstring. scale defaults to H^-1/2."""
     one_of("attention", impl, ATTENTIONS)
     if impl == "auto":
@@ -135,7 +137,9 @@ def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float)
         def cut(x, axis):
             return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * CHUNK, CHUNK, axis)
 
-        part = dataclasses.replace(mask, q_segments=cut(mask.q_segments, 1), q_offset=mask.q_offset + i * CHUNK, bias=cut(mask.bias, 2))
+        part = dataclasses.replace(
+            mask, q_segments=cut(mask.q_segments, 1), q_offset=mask.q_offset + i * CHUNK, bias=cut(mask.bias, 2)
+        )
         return _dense(cut(q, 1), k, v, part, scale)
 
     out = jax.lax.map(block, jnp.arange(chunks))
@@ -163,7 +167,10 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, 
         grouped = (q * scale).reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
         heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
         out = jax.vmap(heads)(
-            jnp.einsum("BTKGH->BKGTH", grouped), jnp.einsum("BSKH->BKSH", k), jnp.einsum("BSKH->BKSH", v), kernels.SegmentIds(ids, ids)
+            jnp.einsum("BTKGH->BKGTH", grouped),
+            jnp.einsum("BSKH->BKSH", k),
+            jnp.einsum("BSKH->BKSH", v),
+            kernels.SegmentIds(ids, ids),
         )
         return jnp.einsum("BKGTH->BTKGH", out).reshape(q.shape).astype(q.dtype)
 
@@ -173,4 +180,6 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, 
     mesh, table = current
     batch, heads = rules.spec(("batch", "act_heads"), (q.shape[0], k.shape[2]), mesh, table)
     wide, flat = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-    return jax.shard_map(rows, mesh=mesh, in_specs=(wide, wide, wide, flat), out_specs=wide, check_vma=False)(q, k, v, segments)
+    return jax.shard_map(rows, mesh=mesh, in_specs=(wide, wide, wide, flat), out_specs=wide, check_vma=False)(
+        q, k, v, segments
+    )

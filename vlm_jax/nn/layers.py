@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Linear(nnx.Module):
     """y = x W (+ b): [..., in] -> [..., out], computed in the dtype of x. The only place where a kernel is read."""
 
-    def __init__(self, din: int, dout: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, *, bias: bool, std: float = 0.02):
+    def __init__(
+        self, din: int, dout: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, *, bias: bool, std: float = 0.02
+    ):
         self.kernel = param(rngs, normal(std), (din, dout), axes)
         self.bias = param(rngs, zeros, (dout,), axes[1:]) if bias else None
 
@@ -46,7 +48,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """tokens [B, T] -> [B, T, D]."""
-        table = shard(self.embedding[...], "vocab", None)  # whole rows: a gather of split rows would be replicated first
+        table = shard(
+            self.embedding[...], "vocab", None
+        )  # whole rows: a gather of split rows would be replicated first
         return jnp.take(table, tokens, axis=0).astype(dtype)
 
 
@@ -66,7 +70,11 @@ class LayerNorm(nnx.Module):
     """Standard layer norm with float32 statistics."""
 
     def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
-        self.scale, self.bias, self.eps = param(rngs, ones, (width,), (None,)), param(rngs, zeros, (width,), (None,)), eps
+        self.scale, self.bias, self.eps = (
+            param(rngs, ones, (width,), (None,)),
+            param(rngs, zeros, (width,), (None,)),
+            eps,
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         f = x.astype(jnp.float32)

@@ -7,7 +7,8 @@ run by `scan`.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.merge(graph, state)
 
 
-def scan(blocks: nnx.Module, step: Callable, x: Any, per_layer: Any = None, remat: Callable | None = None) -> tuple[Any, Any]:
+def scan(
+    blocks: nnx.Module, step: Callable, x: Any, per_layer: Any = None, remat: Callable | None = None
+) -> tuple[Any, Any]:
     """Run a stacked module: x, y_l = step(block_l, x, per_layer_l) for each layer l; returns (x, stacked ys).
 
     `remat` wraps the body, e.g. `jax.checkpoint` with a policy, so that the backward pass keeps only what the policy saves.

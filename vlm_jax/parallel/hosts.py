@@ -13,7 +13,7 @@ import glob
 import importlib.util
 import os
 import sys
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -23,9 +23,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.parallel.rules import DEFAULT_RULES, Rules
 
 
-def initialise(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
+def initialise(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Join the other processes, before anything touches a device; arguments that are given (not None, not negative) win over
     VLM_JAX_* variables."""
     coordinator = coordinator or os.environ.get("VLM_JAX_COORDINATOR")
@@ -84,9 +82,7 @@ def data_shard(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:
     return mine[0] // len(mine), parts // len(mine)
 
 
-def to_devices(
-    local: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding] | None
-) -> dict[str, jax.Array]:
+def to_devices(local: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding] | None) -> dict[str, jax.Array]:
     """Global arrays, laid out by `shardings`, from this process's rows (all rows where it is alone)."""
     if shardings is None:
         return {key: jax.device_put(x) for key, x in local.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from vlm_jax.config import ConfigError
 from vlm_jax.parallel.mesh_config import AXES, MeshConfig
+
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all). Over several TPU slices the `data` axis crosses the slices, so that only gradient

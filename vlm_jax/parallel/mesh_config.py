@@ -29,5 +29,7 @@ class MeshConfig:
         if -1 in sizes and devices % known == 0:
             sizes[sizes.index(-1)] = devices // known
         if math.prod(sizes) != devices:
-            raise ConfigError(f"mesh ({text}) does not divide the {devices} devices there are: change the config keys under mesh")
+            raise ConfigError(
+                f"mesh ({text}) does not divide the {devices} devices there are: change the config keys under mesh"
+            )
         return tuple(sizes)

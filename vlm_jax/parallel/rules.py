@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from typing import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -67,7 +67,9 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Ru
     return PartitionSpec(*out)
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+def sharding(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> NamedSharding:
     """NamedSharding of an array with logical `axes`; see `spec`."""
     return NamedSharding(mesh, spec(axes, shape, mesh, rules))
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,17 +46,13 @@ class Checkpointer:
         self._keep = keep
         # old steps are removed here and not by Orbax, which can remove them although the new one failed
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
-        self._steps = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("params", "optimizer", "meta")
-        )
+        self._steps = ocp.CheckpointManager(self.folder, options=options, item_names=("params", "optimizer", "meta"))
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._steps.latest_step()
 
-    def save(
-        self, step: int, state: TrainState, data: Mapping[str, Any] | None, config: Mapping[str, Any]
-    ) -> None:
+    def save(self, step: int, state: TrainState, data: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
         """Start writing and return as soon as the arrays are copied; raises if the save before failed."""
         rng = np.asarray(jax.device_get(state.rng)).tolist()
         meta = {"step": step, "rng": rng, "data": data, "config": config}
@@ -102,9 +99,7 @@ class Checkpointer:
         frozen = self._read_base(goal.frozen)
 
         def place(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.make_array_from_callback(
-                like.shape, like.sharding, np.asarray(value, like.dtype).__getitem__
-            )
+            return jax.make_array_from_callback(like.shape, like.sharding, np.asarray(value, like.dtype).__getitem__)
 
         step, rng = place(step, goal.step), place(meta["rng"], goal.rng)
         return TrainState(step, read["params"], frozen, read["optimizer"], rng), meta
@@ -121,8 +116,7 @@ class Checkpointer:
         def goal(leaves: Leaves) -> dict[str, jax.ShapeDtypeStruct]:
             where = shardings or {}
             shapes = {
-                p: jax.ShapeDtypeStruct(tuple(n), dtype, sharding=where.get(p))
-                for p, (n, dtype) in leaves.items()
+                p: jax.ShapeDtypeStruct(tuple(n), dtype, sharding=where.get(p)) for p, (n, dtype) in leaves.items()
             }
             return {path: _with_sharding(s) for path, s in shapes.items()}
 
@@ -166,11 +160,7 @@ class Checkpointer:
         except Exception as error:
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             kept = self._complete()
-            intact = (
-                f"the checkpoint of step {kept[-1]} is intact"
-                if kept
-                else "no checkpoint had been written before"
-            )
+            intact = f"the checkpoint of step {kept[-1]} is intact" if kept else "no checkpoint had been written before"
             free = shutil.disk_usage(self.folder).free / 2**30
             cause = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -181,9 +171,7 @@ class Checkpointer:
     def _complete(self) -> list[int]:
         """Steps that are complete on disk, read afresh."""
         return sorted(
-            int(p.name)
-            for p in self.folder.iterdir()
-            if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()
+            int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()
         )
 
 

@@ -22,7 +22,6 @@ from vlm_jax.train.export import export_result
 from vlm_jax.train.weights import open_tokenizer, open_weights
 
 
-
 def train(config: Any, coordinator: str = "", process_id: int = -1, process_count: int = -1) -> int:
     """Run the recipe in ConfigDict `config`; returns the exit code."""
     several = (coordinator, process_count, process_id) if coordinator else (None, None, None)
@@ -48,7 +47,15 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
         return Batches(rows, recipe.train.global_batch, start, index, count, recipe.data.threads, state)
 
     result = loop.train(
-        recipe.train, model, batches, run, available_steps=steps, mesh=mesh, source=source, saved_config=to_dict(recipe), progress=progress
+        recipe.train,
+        model,
+        batches,
+        run,
+        available_steps=steps,
+        mesh=mesh,
+        source=source,
+        saved_config=to_dict(recipe),
+        progress=progress,
     )
     if recipe.export and result.status != "stopped":
         export_result(recipe, result, run)
@@ -65,7 +72,11 @@ def with_generated_data(recipe: Recipe, folder: Path, progress: bool = False) ->
 
         multihost_utils.sync_global_devices("generated data is written")
     data = dataclasses.replace(
-        d, path=(str(folder / "train.json"),), image_folder=str(folder / "images"), tokenizer=d.tokenizer or str(folder), generated_watches=0
+        d,
+        path=(str(folder / "train.json"),),
+        image_folder=str(folder / "images"),
+        tokenizer=d.tokenizer or str(folder),
+        generated_watches=0,
     )
     return dataclasses.replace(recipe, data=data)
 

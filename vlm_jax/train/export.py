@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import jax
 
@@ -50,7 +51,9 @@ def convert(**flags: str) -> int:
         return command.convert(**flags)
     ignored = [name for name in ("vision", "llm", "projector", "tokenizer", "tower") if flags[name]]
     if ignored:
-        raise ConfigError(f"--{ignored[0]} cannot replace a part of the run {run}: convert the run first, then the directory it gives")
+        raise ConfigError(
+            f"--{ignored[0]} cannot replace a part of the run {run}: convert the run first, then the directory it gives"
+        )
     recipe = recipes.load(run / "config.json")
     checkpoints = Checkpointer(run / "checkpoints")
     params, meta = checkpoints.params()
@@ -58,7 +61,15 @@ def convert(**flags: str) -> int:
     if target.suffix == ".bin":
         export_projector(target, recipe.model, params, dtype)
     else:
-        write(recipe, recipe.model, params, target, names=flags["names"], dtype=dtype, max_shard=command.parse_size(flags["max_shard"]))
+        write(
+            recipe,
+            recipe.model,
+            params,
+            target,
+            names=flags["names"],
+            dtype=dtype,
+            max_shard=command.parse_size(flags["max_shard"]),
+        )
     checkpoints.close()
     print(f"{flags['to']}: step {meta['step']} of {run}")
     return 0

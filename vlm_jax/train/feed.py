@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,9 +34,7 @@ class Feed:
     shapes, dtypes: {key: global shape [A, B, ...]}, {key: dtype} of every batch.
     """
 
-    def __init__(
-        self, open_batches: OpenBatches, start: int, state: dict[str, Any] | None, accum: int, ahead: int = 2
-    ):
+    def __init__(self, open_batches: OpenBatches, start: int, state: dict[str, Any] | None, accum: int, ahead: int = 2):
         self.waited, self._accum = 0.0, accum
         self._batches = open_batches(start, state)
         self._queue: queue.Queue = queue.Queue(ahead)
@@ -45,9 +44,7 @@ class Feed:
         shards = hosts.data_shard(*rules.current())[1] if rules.current() else 1
         self.shapes = {key: (x.shape[0], x.shape[1] * shards, *x.shape[2:]) for key, x in local.items()}
         self.dtypes = {key: x.dtype for key, x in local.items()}
-        self._shardings = batch_shardings(
-            self.shapes
-        )  # here, because the other thread is outside the mesh in use
+        self._shardings = batch_shardings(self.shapes)  # here, because the other thread is outside the mesh in use
         self._queue.put(self._place(step, local))
         self._thread = threading.Thread(target=self._run, daemon=True, name="feed")
         self._thread.start()

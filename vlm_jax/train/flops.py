@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Iterable, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from vlm_jax.config import VLMConfig
 from vlm_jax.models import vlm
@@ -62,16 +63,10 @@ def training_cost(config: VLMConfig, trainable: Iterable[str]) -> Cost:
     head_trained = "llm/head/kernel" in chosen
     if llm.tie:
         head, head_trained = llm.vocab * llm.width, "llm/embed/embedding" in chosen
-    slot = products("llm/blocks/", to_llm) + head * (
-        2 + 2 * (to_llm or trained("llm/norm")) + 2 * head_trained
-    )
+    slot = products("llm/blocks/", to_llm) + head * (2 + 2 * (to_llm or trained("llm/norm")) + 2 * head_trained)
     pair = 4 * llm.layers * llm.heads * llm.head_dim * (3 if to_llm else 1)
     attention = 4 * v.used_layers * v.tokens**2 * v.width * (3 if to_tower else 1)
-    tower = (
-        v.tokens * products("tower/blocks/", to_tower)
-        + v.grid**2 * products("tower/patch/", to_tower)
-        + attention
-    )
+    tower = v.tokens * products("tower/blocks/", to_tower) + v.grid**2 * products("tower/patch/", to_tower) + attention
     return Cost(slot, pair, tower + v.features * products("projector/", to_projector))
 
 

@@ -14,8 +14,9 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -177,10 +178,7 @@ class Loop:
         self.state, self.step = state, start
         self._feed = Feed(batches, start, data, c.accum)
         began = time.perf_counter()
-        batch = {
-            key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key])
-            for key, shape in self._feed.shapes.items()
-        }
+        batch = {key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key]) for key, shape in self._feed.shapes.items()}
         step = make_step(self.model, c, self._feed.shapes)
         self._update = step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -222,8 +220,7 @@ class Loop:
         fed = next(self._feed, None)
         if fed is None:
             raise TrainingError(
-                f"the data ended after step {self.step} of {self.total}: "
-                "raise train.epochs or lower train.steps"
+                f"the data ended after step {self.step} of {self.total}: raise train.epochs or lower train.steps"
             )
         first, last = self.config.profile or (0, 0)
         if self.step + 1 == first:
@@ -262,11 +259,7 @@ class Loop:
     def _not_finite(self, line: Mapping[str, Any]) -> str:
         samples, saved = self._feed.samples_of(line["step"] - 1), self._checkpoints.latest()
         made_of = f", whose batch holds samples {samples}," if samples is not None else ""
-        kept = (
-            f"the checkpoint of step {saved} is intact"
-            if saved is not None
-            else "no checkpoint had been written"
-        )
+        kept = f"the checkpoint of step {saved} is intact" if saved is not None else "no checkpoint had been written"
         return (
             f"step {line['step']}{made_of} has loss {line['loss']} and gradient norm "
             f"{line['grad_norm']}; {kept}: lower train.lr, raise train.warmup_ratio, or look at these samples"

@@ -13,8 +13,9 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -73,9 +74,7 @@ class MetricWriter:
         if self._file is None:
             return
         self._file.write(json.dumps(dict(line)) + "\n")
-        scalars = {
-            key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))
-        }
+        scalars = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
         if self._board is not None:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, line["step"])
@@ -112,9 +111,7 @@ def line_of(step: int, rate: float, metrics: Mapping[str, np.ndarray], slots_in_
     tokens, micro = float(m["tokens"]), m["micro_losses"].tolist()
     line = {"step": step, "lr": rate, "loss": float(m["loss"])}
     line |= {"token_accuracy": float(m["correct"]) / max(tokens, 1.0), "tokens": tokens}
-    line |= {
-        key: float(m[key]) for key in ("samples", "views", "slots", "grad_norm", "param_norm", "update_norm")
-    }
+    line |= {key: float(m[key]) for key in ("samples", "views", "slots", "grad_norm", "param_norm", "update_norm")}
     line["padding"] = 1 - float(m["slots"]) / slots_in_all
     return line | ({"micro_losses": micro} if len(micro) > 1 else {})
 
@@ -131,9 +128,7 @@ class Speed:
         self._cost, self._devices, self._peak = cost, devices, peak_flops(device_kind)
         self._rates: collections.deque[dict[str, float]] = collections.deque(maxlen=1000)
 
-    def window(
-        self, steps: list[Mapping[str, np.ndarray]], seconds: float, waited: float
-    ) -> dict[str, float]:
+    def window(self, steps: list[Mapping[str, np.ndarray]], seconds: float, waited: float) -> dict[str, float]:
         """Rates of the fetched metrics `steps`, which took `seconds`, of which `waited` for data."""
         slots, pairs, views, samples = (
             float(sum(np.asarray(m[k]) for m in steps)) for k in ("slots", "pairs", "views", "samples")
@@ -174,11 +169,7 @@ class Progress:
     def update(self, steps: int, line: Mapping[str, Any]) -> None:
         """Advance by `steps` and show loss and speeds of a window's last line."""
         if "tokens_per_second" in line:
-            speed = (
-                f"{line['mfu']:.1%} MFU"
-                if "mfu" in line
-                else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
-            )
+            speed = f"{line['mfu']:.1%} MFU" if "mfu" in line else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
             rate, stall = f"{line['tokens_per_second']:,.0f} tok/s", f"data stall {line['data_stall']:.0%}"
             self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate}, {speed}, {stall}", refresh=False)
         self._bar.update(steps)

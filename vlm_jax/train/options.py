@@ -26,9 +26,7 @@ class Compat:
     zero_first_lr: bool = False
 
     def __post_init__(self):
-        one_of(
-            "train.compat.loss_normalisation", self.loss_normalisation, ("global_tokens", "per_microbatch")
-        )
+        one_of("train.compat.loss_normalisation", self.loss_normalisation, ("global_tokens", "per_microbatch"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,20 +86,14 @@ class TrainConfig:
         one_of("train.remat", self.remat, REMATS)
         at_least_one("train", self, ("global_batch", "accum", "loss_chunk", "log_every", "save_every", "keep"))
         if self.steps is not None and self.steps < 1:
-            raise ConfigError(
-                f"train.steps={self.steps} must be at least 1 (or None, to train for train.epochs)"
-            )
+            raise ConfigError(f"train.steps={self.steps} must be at least 1 (or None, to train for train.epochs)")
         if self.global_batch % self.accum:
-            raise ConfigError(
-                f"train.global_batch={self.global_batch} is not a multiple of train.accum={self.accum}"
-            )
+            raise ConfigError(f"train.global_batch={self.global_batch} is not a multiple of train.accum={self.accum}")
         for pattern in (*self.trainable, *self.no_decay, *(p for p, _ in self.group_lrs)):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(
-                    f"the pattern {pattern!r} under train is not a regular expression: {error}"
-                ) from None
+                raise ConfigError(f"the pattern {pattern!r} under train is not a regular expression: {error}") from None
 
     def total_steps(self, available: int | None = None) -> int:
         """Updates of the run: `steps`, or all that `epochs` passes over the data give (`available`)."""

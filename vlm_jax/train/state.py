@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any, Callable, Iterable, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,7 @@ def select(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
         matched = {path for path in paths if re.search(pattern, path)}
         if not matched:
             heads = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths}))
-            raise ConfigError(
-                f"train.trainable has {pattern!r}, which matches no parameter: there are {heads}"
-            )
+            raise ConfigError(f"train.trainable has {pattern!r}, which matches no parameter: there are {heads}")
         found |= matched
     return found
 
@@ -75,9 +74,7 @@ def abstract(model: VLMConfig, config: TrainConfig) -> TrainState:
     shapes = vlm.shapes(model)
     chosen = select(config.trainable, shapes)
     trainable = {p: jax.ShapeDtypeStruct(s.shape, jnp.float32) for p, s in shapes.items() if p in chosen}
-    frozen = {
-        p: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype) for p, s in shapes.items() if p not in chosen
-    }
+    frozen = {p: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype) for p, s in shapes.items() if p not in chosen}
     opt_state = jax.eval_shape(optimizer.moments(config).init, trainable)
     scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     state = TrainState(scalar, trainable, frozen, opt_state, key)
@@ -101,9 +98,7 @@ def shardings(model: VLMConfig, config: TrainConfig) -> TrainState | None:
     return TrainState(replicated, trainable, frozen, moments, replicated)
 
 
-def initialiser(
-    model: VLMConfig, config: TrainConfig, paths: Iterable[str] | None = None
-) -> Callable[[], Params]:
+def initialiser(model: VLMConfig, config: TrainConfig, paths: Iterable[str] | None = None) -> Callable[[], Params]:
     """Jitted () -> random parameters at `paths` (default: all) in the state's dtypes, created sharded."""
     goal = abstract(model, config).params
     wanted = sorted(goal if paths is None else paths)

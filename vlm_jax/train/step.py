@@ -9,7 +9,8 @@ Only trainable leaves are differentiated. Metrics are sums, counts and norms; th
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,7 @@ from vlm_jax.train.state import TrainState, shardings
 
 # logical axes of a row batch behind the accumulation axis
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
-    key: ("batch", "length")
-    for key in ("tokens", "image_slots", "targets", "weights", "segments", "positions")
+    key: ("batch", "length") for key in ("tokens", "image_slots", "targets", "weights", "segments", "positions")
 } | {"images": ("batch", None, None, None, None)}
 
 Batch = Mapping[str, jax.Array]
@@ -55,9 +55,7 @@ def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSha
             f"train.global_batch / train.accum = {rows} rows cannot be divided among the {parts} devices "
             f"of mesh axes {' and '.join(over)}: make it a multiple of {parts}"
         )
-    return {
-        key: rules.sharding((None, *BATCH_AXES[key]), shape, mesh, table) for key, shape in shapes.items()
-    }
+    return {key: rules.sharding((None, *BATCH_AXES[key]), shape, mesh, table) for key, shape in shapes.items()}
 
 
 def loss_and_gradients(
@@ -74,9 +72,7 @@ def loss_and_gradients(
     def micro_loss(trainable: Params, micro: Batch, scale: jax.Array) -> tuple[jax.Array, Any]:
         net = vlm.build(model, {**frozen, **trainable})
         hidden = vlm.forward(net, micro, compute_of(config))
-        sums = cross_entropy(
-            hidden, net.llm.head_kernel(), micro["targets"], micro["weights"], config.loss_chunk
-        )
+        sums = cross_entropy(hidden, net.llm.head_kernel(), micro["targets"], micro["weights"], config.loss_chunk)
         return sums.loss * scale, sums
 
     def gradients(micro: Batch, scale: jax.Array) -> tuple[Params, Any]:
@@ -136,9 +132,7 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
 
     def step(state: TrainState, batch: Batch, factor: jax.Array) -> tuple[TrainState, Metrics]:
         grads, metrics = loss_and_gradients(model, config, state.trainable, state.frozen, batch)
-        steps, opt_state, grad_norm = optimizer.updates(
-            config, grads, state.opt_state, state.trainable, factor
-        )
+        steps, opt_state, grad_norm = optimizer.updates(config, grads, state.opt_state, state.trainable, factor)
         trainable = {path: p + steps[path] for path, p in state.trainable.items()}
         metrics |= row_counts(batch, model.vision.features)
         metrics |= {

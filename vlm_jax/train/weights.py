@@ -33,7 +33,9 @@ def open_tokenizer(recipe: Recipe) -> Tokenizer:
     """The tokenizer of data.tokenizer, else of the weights; with <im_start> and <im_end> if the data uses them."""
     place = recipe.data.tokenizer or recipe.init.checkpoint or recipe.init.llm
     if not place:
-        raise ConfigError("there is no tokenizer: set data.tokenizer to a folder with tokenizer.json or tokenizer.model")
+        raise ConfigError(
+            "there is no tokenizer: set data.tokenizer to a folder with tokenizer.json or tokenizer.model"
+        )
     tokenizer = load_tokenizer(place)
     return tokenizer.with_tokens(*IMAGE_TOKENS) if recipe.data.im_start_end else tokenizer
 
@@ -48,23 +50,35 @@ def open_weights(recipe: Recipe, tokenizer: Tokenizer) -> tuple[VLMConfig, Sourc
     main = init.checkpoint or init.llm
     if not main:
         if not init.random:
-            raise ConfigError("init.llm and init.checkpoint are empty: give a folder with weights, or set init.random=True")
+            raise ConfigError(
+                "init.llm and init.checkpoint are empty: give a folder with weights, or set init.random=True"
+            )
         for key in ("vision", "projector"):
             if getattr(init, key):
                 raise ConfigError(f"init.{key} needs a language model to go with: set init.llm or init.checkpoint too")
         check_vocabulary(tokenizer, wanted.llm.vocab, "the config")
         return wanted, None
     if not init.checkpoint and not init.vision and not init.random:
-        raise ConfigError("init.vision is empty: give a CLIP or SigLIP folder, or set init.random=True to start the tower at random")
-    parts = {"vision": init.vision or None, "llm": (init.llm or None) if init.checkpoint else None, "projector": init.projector or None}
+        raise ConfigError(
+            "init.vision is empty: give a CLIP or SigLIP folder, or set init.random=True to start the tower at random"
+        )
+    parts = {
+        "vision": init.vision or None,
+        "llm": (init.llm or None) if init.checkpoint else None,
+        "projector": init.projector or None,
+    }
     found = open_checkpoint(main, **parts, partial=True)
     config = _combined(found.config, recipe)
     rows = max(config.llm.vocab, tokenizer.size)
     check_vocabulary(tokenizer, rows, main)
     checkpoint = open_checkpoint(main, **parts, partial=True, config=config, vocab=rows)
-    refused = [path for path in checkpoint.missing if not path.startswith(("projector/", "tower/unused/")) and not init.random]
+    refused = [
+        path for path in checkpoint.missing if not path.startswith(("projector/", "tower/unused/")) and not init.random
+    ]
     if refused and not (refused == ["image_newline"]):
-        raise ConfigError(f"{main} has no {refused[0]}: give the part that is missing under init, or set init.random=True")
+        raise ConfigError(
+            f"{main} has no {refused[0]}: give the part that is missing under init, or set init.random=True"
+        )
     return checkpoint.config, Source(checkpoint)
 
 
