@@ -35,7 +35,7 @@ def slow_first_fit(costs, limits, window):
         items.sort(key=lambda i: -sum(c[i] / max(limit, 1) for c, limit in zip(costs, limits)))
         rows = []
         for i in items:
-            for left in [*rows, list(limits)]:
+            for k, left in enumerate([*rows, list(limits)]):  # noqa: B007 (k is where the loop stops)
                 if all(c[i] <= room for c, room in zip(costs, left)):
                     break
             if k == len(rows):
