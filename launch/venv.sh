@@ -26,6 +26,6 @@ fi
 PYTHON=.venv/bin/python
 if [ "$(cat .venv/vlm_jax_installed 2>/dev/null)" != "$want" ]; then
   echo "installing vlm_jax${EXTRAS:+[$EXTRAS]} into .venv (about a minute)"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}" 2> >(grep -v '^WARNING' >&2)
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e ".${EXTRAS:+[$EXTRAS]}" 2> >(grep -v '^WARNING' >&2)
   echo "$want" >.venv/vlm_jax_installed
 fi
