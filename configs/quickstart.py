@@ -45,7 +45,7 @@ def get_config(words: str = ""):
             row_length=92, sample_length=92, views_per_row=1, max_samples=1, threads=2,
         ),
         train=TrainConfig(
-            trainable=("^tower/", "^projector/", "^llm/"), steps=1500, global_batch=64, lr=4e-4, warmup_steps=40, schedule="cosine",
+            trainable=("^tower/", "^projector/", "^llm/"), steps=1400, global_batch=64, lr=3e-4, warmup_steps=40, schedule="wsd",
             weight_decay=0.01, beta2=0.98, clip_norm=1.0, dtype="float32", vision_dtype="float32", remat="none", loss_chunk=92,
             log_every=10, save_every=500, keep=1,
         ),

@@ -24,10 +24,16 @@ def test_rates(path, index):
     assert rates[-1] == pytest.approx(case["lr_after_last"], abs=1e-18)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 def test_without_the_quirk_no_update_is_void(kind):
     config = TrainConfig(lr=1.0, warmup_steps=3, schedule=kind)
     rates = [rate_factor(config, update, 10) for update in range(10)]
     assert min(rates) > 0 and max(rates) == 1.0 and rates[2] == 1.0
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert kind == "constant" or rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_wsd_is_constant_until_its_last_part():
+    config = TrainConfig(lr=1.0, warmup_steps=2, schedule="wsd", decay_ratio=0.4)
+    rates = [rate_factor(config, update, 10) for update in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])

@@ -1,12 +1,12 @@
 """Initial weights for a small model that is trained from nothing, tower included: `VLMConfig.init = "scratch"`.
 
     kernels            N(0, 1 / inputs), those that write to the residual stream with half that deviation
-    patch kernel       N(0, 1 / inputs) times 0.2; 15 of 16 filters less their mean over the pixels of a patch
+    patch kernel       N(0, 1 / inputs) less its mean over the pixels of a patch, times 0.2
     position, class    N(0, 0.5^2)                         text embedding   N(0, 0.02^2)
 
 Why: with one deviation for all (0.02, made for fine-tuning pre-trained parts) the flat colour of a patch is much stronger than a thin
 line in it, and patch content much stronger than position, so that training stays on the text's prior for a long time. Filters
-without a mean do not see flat colour, and LayerNorm scales up what is left; the others see areas, such as a bar's filling.
+without a mean do not see flat colour, and the class token's LayerNorm scales up what is left.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from vlm_jax.nn.params import Params
 
 PATCH_SCALE, POSITION_STD, EMBEDDING_STD, RESIDUAL_SCALE = 0.2, 0.5, 0.02, 0.5
 COLOURS = 3
-FLAT_SHARE = 16  # one filter in this many keeps its mean
 
 
 def standard_deviation(path: str, shape: tuple[int, ...]) -> float | None:
@@ -54,7 +53,6 @@ def draw(params: Params, seed: int) -> Params:
 
 
 def without_mean(kernel: jax.Array) -> jax.Array:
-    """Patch filters [p * p * 3, D], all but the first D / FLAT_SHARE of them giving 0 for a patch of one colour."""
+    """Patch filters [p * p * 3, D] that give 0 for a patch of one colour."""
     pixels = kernel.reshape(-1, COLOURS, kernel.shape[-1])
-    removed = jnp.arange(kernel.shape[-1]) >= kernel.shape[-1] // FLAT_SHARE
-    return (pixels - pixels.mean(axis=0) * removed).reshape(kernel.shape)
+    return (pixels - pixels.mean(axis=0)).reshape(kernel.shape)

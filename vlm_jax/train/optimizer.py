@@ -21,8 +21,11 @@ from vlm_jax.nn.params import Params
 from vlm_jax.train.options import TrainConfig
 
 
-def schedule(step: int, total: int, warmup: int, kind: str) -> float:
-    """HF's schedules: linear warm-up over `warmup` steps; cosine or linear to 0 at `total`, or constant."""
+def schedule(step: int, total: int, warmup: int, kind: str, decay: int = 0) -> float:
+    """HF's schedules: linear warm-up over `warmup` steps; cosine or linear to 0 at `total`, or constant.
+
+    "wsd" (warm-up, stable, decay; Hu et al. 2024, MiniCPM) is constant until the last `decay` steps, then linear to 0.
+    """
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
@@ -30,6 +33,7 @@ def schedule(step: int, total: int, warmup: int, kind: str) -> float:
         "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
         "linear": lambda x: 1.0 - x,
         "constant": lambda x: 1.0,
+        "wsd": lambda _: min(1.0, (total - step) / max(1, decay)),
     }
     return max(0.0, decays[kind](progress))
 
@@ -37,9 +41,10 @@ def schedule(step: int, total: int, warmup: int, kind: str) -> float:
 def rate_factor(config: TrainConfig, update: int, total: int) -> float:
     """What multiplies every group's learning rate in update 0, 1, ... total-1."""
     warmup = math.ceil(total * config.warmup_ratio) if config.warmup_steps is None else config.warmup_steps
+    decay = math.ceil(total * config.decay_ratio)
     if config.compat.zero_first_lr:
-        return schedule(update, total, warmup, config.schedule)
-    return schedule(update + 1, total + 1, warmup, config.schedule)
+        return schedule(update, total, warmup, config.schedule, decay)
+    return schedule(update + 1, total + 1, warmup, config.schedule, decay)
 
 
 def group_lr(config: TrainConfig, path: str) -> float:

@@ -38,7 +38,8 @@ class TrainConfig:
     global_batch: rows per update, in `accum` micro-batches.
     group_lrs: (regular expression, learning rate), the first match wins over `lr`.
     no_decay: regular expressions of paths without weight decay.
-    warmup_steps: None: ceil(warmup_ratio * steps). clip_norm: None does not clip.
+    warmup_steps: None: ceil(warmup_ratio * steps). decay_ratio: share of the steps in which the schedule "wsd" falls
+        to 0. clip_norm: None does not clip.
     dtype, vision_dtype: of activations; frozen_dtype: of stored frozen parameters; moment_dtype: of Adam's
         first moment.
     loss_chunk: row slots whose logits exist at one time. profile: (first, last) step of a jax.profiler trace.
@@ -55,6 +56,7 @@ class TrainConfig:
     schedule: str = "cosine"
     warmup_ratio: float = 0.03
     warmup_steps: int | None = None
+    decay_ratio: float = 0.25
     weight_decay: float = 0.0
     no_decay: tuple[str, ...] = (r"(^|/)(bias|scale)$",)
     beta1: float = 0.9
@@ -79,7 +81,7 @@ class TrainConfig:
     compat: Compat = Compat()
 
     def __post_init__(self):
-        one_of("train.schedule", self.schedule, ("cosine", "linear", "constant"))
+        one_of("train.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
         for key in ("dtype", "vision_dtype", "frozen_dtype", "moment_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("float32", "bfloat16"))
         one_of("train.attention", self.attention, ATTENTIONS)
