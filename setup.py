@@ -7,6 +7,10 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.*?)"', (HERE / "vlm_jax" / "__init__.py").read_text()).group(1)
+TFDS = [  # without TensorFlow; the second is needed but not declared
+    "tensorflow-datasets>=4.9.8",
+    "importlib_resources>=6",
+]
 
 setup(
     name="vlm_jax",
@@ -24,6 +28,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
+        "array_record>=0.8.1",
         "ml_collections>=1.1",
         "absl-py>=2.1",
         "tokenizers>=0.22",
@@ -36,10 +41,11 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "tfds": TFDS,
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3", "jinja2>=3.1", "transformers>=5.0,<6"],
-        "parity": ["torch==2.13.0"],
+        "test": ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2.3", "jinja2>=3.1", "transformers>=5.0,<6", *TFDS],
+        "parity": ["torch==2.13.0", "peft>=0.19"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.20"],
     },
 )

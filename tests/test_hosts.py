@@ -45,7 +45,43 @@ os._exit(0)
 """
 
 
-def launch(folder, processes, steps):
+MEASURING = """
+import os, sys
+from pathlib import Path
+import jax
+from tests.tiny_data import TINY, encode, make_records
+from vlm_jax.data.manifest import DataError, Layout
+from vlm_jax.data.measuring import Limits, Means, measure_sources
+from vlm_jax.parallel import hosts
+from vlm_jax.train.command import first_process_first
+
+hosts.initialise()
+calls = []
+
+def counted(record):
+    calls.append(record)
+    return encode(record)
+
+class Kept(list):
+    fingerprint = "records"
+
+counted.fingerprint = "counted"
+records = Kept({**record, "images": [], "tokens": [max(t, 1) for t in record["tokens"]]} for record in make_records(["x"]))
+folder = Path(sys.argv[1]) / ("" if sys.argv[2] == "1" else str(jax.process_index()))
+layout = Layout(counted, TINY, 64, 4)
+found = measure_sources({"a": records}, layout, means=Means(folder), turn=first_process_first)["a"]
+print("encoded", len(calls), hosts.agree(found.digest()), hosts.agree(str(jax.process_index())), flush=True)
+records.append({"tokens": [1], "images": []})
+records.fingerprint = "one more"
+try:
+    measure_sources({"a": records}, layout, Limits(max_share=0.0), Means(folder), turn=first_process_first)
+except DataError as error:
+    print("refused:", error, flush=True)
+os._exit(0)
+"""
+
+
+def launch(folder, processes, steps, script=SCRIPT):
     """Run the script in `processes` processes; their outputs. A process that hangs is killed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -63,7 +99,7 @@ def launch(folder, processes, steps):
             if processes > 1
             else {}
         )
-        command = [sys.executable, "-c", SCRIPT, str(folder), str(steps)]
+        command = [sys.executable, "-c", script, str(folder), str(steps)]
         running.append(
             subprocess.Popen(command, env=env | joined, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -87,6 +123,16 @@ def test_two_processes_train_like_one(tmp_path):
         np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-5)
     again = launch(tmp_path / "two", 1, 6)  # the checkpoint of two processes continues in one
     assert "ended: finished 6" in again[0], again[0]
+
+
+@pytest.mark.slow
+def test_the_first_process_measures_and_the_others_read(tmp_path):
+    """On a shared disk; without one everybody measures. An error is everybody's, nobody waits for ever."""
+    for shared, encoded in ((1, 0), (0, 40)):
+        first, second = launch(tmp_path / str(shared), 2, shared, MEASURING)
+        assert "encoded 40 True False" in first and f"encoded {encoded} True False" in second, (first, second)
+        for said in (first, second):
+            assert "refused: 1 of 41 records (2.4%) cannot be trained on, more than data.max_bad_share=0 allows" in said
 
 
 def test_one_process_loads_every_row():

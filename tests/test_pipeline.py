@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from tests.tiny_data import ANYRES, TINY, encode, make_records, write_images
-from vlm_jax.data import manifest
+from vlm_jax.config import IGNORE
+from vlm_jax.data import measuring
+from vlm_jax.data.draws import Draws
+from vlm_jax.data.epochs import Packing
 from vlm_jax.data.manifest import DataError
-from vlm_jax.data.pipeline import Batches, Packing, Rows, total_steps
+from vlm_jax.data.pipeline import Batches, Rows, total_steps
+from vlm_jax.data.tasks import Sample
 
 PACKED = Packing(row_length=64, view_budget=4, window=16, epochs=3, seed=5)
 
@@ -41,18 +45,18 @@ def test_batches_have_the_layout_of_the_models(rows):
         assert batch["images"].shape == (4, 4, 28, 28, 3) and batch["images"].dtype == np.uint8
         for key in ("tokens", "image_slots", "targets", "segments", "positions"):
             assert batch[key].shape == (4, 64) and batch[key].dtype == np.int32
-        assert batch["weights"].dtype == np.float32
+        assert batch["weights"].dtype == np.float32 and not any(key.startswith("answer") for key in batch)
         assert (batch["image_slots"] <= 4 * TINY.vision.features).all()
 
 
 def test_each_epoch_shows_every_sample_once_in_another_order(rows):
-    assert sum(rows.rows_per_epoch(e) for e in range(3)) == len(rows)
+    assert sum(len(rows.plan(e)) for e in range(3)) == len(rows)
     orders = []
-    for epoch in range(3):
-        start = sum(rows.rows_per_epoch(e) for e in range(epoch))
-        shown = sum((rows.records_of(start + r).tolist() for r in range(rows.rows_per_epoch(epoch))), [])
+    for epoch, start in enumerate(rows.epochs.starts):
+        shown = sum((rows.records_of(start + r).tolist() for r in range(len(rows.plan(epoch)))), [])
         assert sorted(shown) == list(range(40))
-        assert rows.locate(start) == (epoch, 0)
+        assert rows.epochs.locate(start) == (epoch, 0)
+        assert {int(p) for r in range(len(rows.plan(epoch))) for p in rows.epochs.samples_of(start + r)[1]} == {epoch}
         orders.append(shown)
     assert orders[0] != orders[1] != orders[2]
     shown = sum((names(batch) for _, batch in Batches(rows, 4)), [])
@@ -115,17 +119,113 @@ def test_hosts_must_divide_the_batch(rows):
 
 
 def test_resume_refuses_changed_data_or_order(records, rows):
-    state = Batches(rows, 4).state()
+    state = json.loads(json.dumps(Batches(rows, 4).state()))
     changed = [{**r, "tokens": [2 if t == 1 else t for t in r["tokens"]]} for r in records[:1]] + records[1:]
-    with pytest.raises(DataError, match="the training data changed since the checkpoint was saved"):
-        Batches(Rows(changed, encode, TINY, PACKED), 4, state=state)
-    with pytest.raises(DataError, match="data.seed changed"):
-        Batches(Rows(records, encode, TINY, Packing(64, 4, window=16, epochs=3, seed=6)), 4, state=state)
-    with pytest.raises(DataError, match="row length, view budget or packing changed"):
-        Batches(Rows(records, encode, TINY, Packing(80, 4, window=16, epochs=3, seed=5)), 4, state=state)
+    for other, words in (
+        (changed, "the text or the lengths of samples in the data changed"),
+        (records[:-1], "the data had 40 records then and has 39 now"),
+        ([*records[:-1], {**records[-1], "tokens": [1, 2]}], "the data had 40 usable records then and has 39 now"),
+        (
+            [{**r, "tokens": [*r["tokens"], 5]} for r in records],
+            r"the lengths in the data changed \(they were \d+ slots",
+        ),
+    ):
+        with pytest.raises(DataError, match=f"the training data changed since the checkpoint was saved: {words}"):
+            Batches(Rows(other, encode, TINY, PACKED), 4, state=state)
+    for how, words in (
+        (Packing(64, 4, window=16, epochs=3, seed=6), "data.seed was 5 and is 6 now"),
+        (Packing(80, 4, window=16, epochs=3, seed=5), "data.row_length was 64 and is 80 now"),
+        (
+            Packing(64, 4, window=16, epochs=3, seed=5, order="shuffled"),
+            "data.order was 'packed' and is 'shuffled' now",
+        ),
+    ):
+        with pytest.raises(DataError, match=words):
+            Batches(Rows(records, encode, TINY, how), 4, state=state)
     Batches(
         Rows(records, encode, TINY, Packing(64, 4, window=16, epochs=9, seed=5)), 4, state=state
     )  # more epochs are fine
+    with pytest.raises(DataError, match="an earlier version of vlm_jax"):
+        Batches(rows, 4, state={"step": 1, "row": 4, "seed": 5, "manifest": "0f", "packing": [64, 4]})
+
+
+class Drawn:
+    """Records that are (longest length, measured length): a draw chooses between 3 and the longest."""
+
+    random, fingerprint = True, "drawn"
+
+    def __call__(self, record, draws=None):
+        longest, measured = record["lengths"]
+        n = measured if draws is None else draws.integer(0, 3, longest)
+        tokens = np.arange(100, 100 + n, dtype=np.int32)
+        labels = np.where(np.arange(n) >= 2, tokens, IGNORE)
+        return Sample(tokens, labels if draws is None or not record.get("mute") else np.full(n, IGNORE))
+
+
+def test_drawn_samples_stay_in_their_place():
+    records = [{"lengths": (12, 12)} for _ in range(30)]
+    rows = Rows(records, Drawn(), TINY, Packing(row_length=32, view_budget=1, epochs=4, seed=1))
+    lengths, seen = {}, set()
+    for r in range(len(rows)):
+        row, (numbers, passes) = rows[r], rows.epochs.samples_of(r)
+        for k, (number, turn) in enumerate(zip(numbers.tolist(), passes.tolist()), start=1):
+            here = np.flatnonzero(row["segments"] == k)
+            assert here[0] == 12 * (k - 1) and len(here) == Draws(1, turn, number).integer(0, 3, 12)
+            assert row["tokens"][here].tolist() == list(range(100, 100 + len(here)))
+            lengths.setdefault(number, set()).add(len(here))
+            seen.add((number, turn))
+    assert len(seen) == 120 and any(len(n) > 1 for n in lengths.values()), "drawn anew in every epoch"
+    assert rows.counts() == {"samples_without_loss": 0, "unusable_samples": 0, "cut_samples": 0}
+
+
+def test_draws_that_do_not_fit_or_teach_nothing_are_counted():
+    records = [{"lengths": (12, 5)}] * 20 + [{"lengths": (12, 12), "mute": True}] * 3 + [{"lengths": (90, 90)}]
+    rows = Rows(records, Drawn(), TINY, Packing(row_length=32, view_budget=1, epochs=1))
+    made = [rows[r] for r in range(len(rows))]
+    long = sum(Draws(0, 0, i).integer(0, 3, 12) > 5 for i in range(20))
+    assert rows.manifest.cut_count == 1 and rows.empty_draws == 3 and rows.cut_draws == long > 0
+    assert rows.counts() == {"samples_without_loss": 3, "unusable_samples": 0, "cut_samples": 1 + long}
+    assert all((row["segments"] == k).sum() <= 32 for row in made for k in range(1, 9))
+
+
+def test_encoder_decoder_rows_hold_answers():
+    def encode_both(record):
+        tokens = np.arange(1, 1 + record, dtype=np.int32)
+        return Sample(tokens, np.full(record, IGNORE), answer=tokens[: record // 2] + 200)
+
+    rows = Rows(list(range(2, 20)), encode_both, TINY, Packing(row_length=24, view_budget=1, answer_length=10))
+    shown = []
+    for r in range(len(rows) + 1):  # one of padding
+        row = rows[r]
+        assert row["answer_tokens"].shape == row["answer_weights"].shape == (10,)
+        for k, number in enumerate(rows.records_of(r).tolist() if r < len(rows) else (), start=1):
+            here, n = row["answer_segments"] == k, number + 2
+            assert row["answer_targets"][here].tolist() == [200 + i for i in range(1, 1 + n // 2)]
+            assert row["answer_tokens"][here].tolist() == [0, *range(201, 200 + n // 2)]
+            assert (row["segments"] == k).sum() == n
+            shown.append(number)
+    assert sorted(shown) == list(range(18)) and max(rows.manifest.answers) == 9
+    assert not row["answer_segments"].any() and not row["weights"].any()
+
+
+def test_rows_hold_what_the_loader_gives(records):
+    """A loader may say what it gives: features in place of pixels, say."""
+
+    class Features:
+        key, view_shape, dtype = "features", (TINY.vision.features, 3), np.float16
+
+        def __call__(self, source):
+            number = float(source.path.removesuffix(".png")[-1])
+            return np.full((1, *self.view_shape), number, np.float16), (9, 9)
+
+    rows = Rows(records, encode, TINY, PACKED, load=Features())
+    for r in range(3):
+        row = rows[r]
+        shown = [float(i.removesuffix(".png")[-1]) for k in rows.records_of(r) for i in records[k]["images"]]
+        assert row["features"].shape == (4, TINY.vision.features, 3) and row["features"].dtype == np.float16
+        assert row["features"][:, 0, 0].tolist() == shown + [0.0] * (4 - len(shown)) and "images" not in row
+    wanted = sorted(image for record in records for image in record["images"])
+    assert sorted(source.path for source in rows.images()) == wanted
 
 
 def test_unpacked_rows_hold_one_sample(records):
@@ -168,7 +268,7 @@ def test_the_manifest_is_kept_and_measured_by_processes(records, tmp_path, monke
     monkeypatch.setattr(encode, "fingerprint", "tiny", raising=False)
     first = Rows(Marked(records), encode, TINY, PACKED, cache=tmp_path)
     assert len(list(tmp_path.glob("manifest-*.npz"))) == 1
-    monkeypatch.setattr(manifest, "measure", None)  # a second run must not measure
+    monkeypatch.setattr(measuring, "measure", None)  # a second run must not measure
     again = Rows(Marked(records), encode, TINY, PACKED, cache=tmp_path)
     assert again.identity() == first.identity()
     monkeypatch.undo()

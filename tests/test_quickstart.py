@@ -26,6 +26,7 @@ def test_leaves_summary_curves_report_and_export(tmp_path, capsys):
         and summary["parameters"] > 100_000
         and summary["seconds"] >= summary["training_seconds"] > 0
     )
+    assert 0 <= summary["data_stall"] < 1
     assert set(summary["accuracy"]) == {"weather", "weather_pos", "battery_pos", "time_exact", "battery_exact"}
     assert set(summary["score"]) == {"time", "battery"}
     assert set(summary["chance"]) == set(summary["accuracy"]) | set(summary["score"])

@@ -8,7 +8,7 @@ from PIL import Image
 from vlm_jax.evaluate import report
 
 SUMMARY = {
-    "parameters": 1234567, "steps": 10, "training_seconds": 3.2, "tokens_per_second": 999.0, "seconds": 12.0,
+    "parameters": 1234567, "steps": 10, "training_seconds": 3.2, "tokens_per_second": 999.0, "seconds": 12.0, "data_stall": 0.0123,
     "accuracy": {"battery_exact": 0.5, "weather": 1.0}, "score": {"time": 0.75}, "chance": {"weather": 0.33, "time": 0.5},
 }  # fmt: skip
 
@@ -41,6 +41,7 @@ def test_answers_and_truth_are_shown_and_escaped(page):
         and "no &amp; never" in page
         and "<b>" not in re.sub(r'<b style="left.*?</b>', "", page)
     )
+    assert "1.2% of it waiting for data" in page
     assert page.count('class="right"') == 1 and page.count('class="wrong"') == 1
 
 

@@ -11,7 +11,7 @@ from vlm_jax.config import IGNORE, IMAGE
 from vlm_jax.data.records import Records, record_of
 from vlm_jax.data.sampler import group_by_length, group_by_modality_length
 from vlm_jax.data.tasks import TextFormat, place_images, prompt
-from vlm_jax.data.templates import TEMPLATES, template, template_of_model, training_template
+from vlm_jax.data.templates import template, template_of_model
 from vlm_jax.data.tokenizer import load_tokenizer
 
 
@@ -69,15 +69,11 @@ def test_template_of_model_names():
         "llava-v1.6-34b": "chatml_direct",
         "LLaVA-Lightning-MPT-7B-preview": "mpt",
         "llava-7b-delta-v0": "llava_v0",
+        "SALT-NLP/LLaVAR-13b-v1": "llavar_llava_v1",
         "runs/llava-v1-x/checkpoint-200": "llava_v1",
     }
     assert {name: template_of_model(name) for name in names} == names
     assert all(template(chosen) for chosen in names.values())
-
-
-def test_training_versions():
-    assert training_template("v0") is training_template("v0.5") is training_template("v9") is TEMPLATES["vicuna_v1"]
-    assert training_template("plain") is TEMPLATES["plain"]
 
 
 def test_prompts(tokenizer):

@@ -1,4 +1,4 @@
-"""Tokenizers small enough to be trained by a test: a Llama-like SentencePiece model and a byte-level
+"""Tokenizers small enough to be trained by a test: Llama-like and T5-like SentencePiece models and a byte-level
 tokenizer.json.
 """
 
@@ -48,6 +48,27 @@ def llama_directory(folder, legacy: bool = True, **settings):
         **settings,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def t5_directory(folder, pieces: int = 180, **settings):
+    """A directory as T5 is published, without its tokenizer.json: unigrams, nmt_nfkc, <pad> </s> <unk> at 0 1 2, no BOS."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split("\n") * 3),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=pieces,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "extra_ids": 100, **settings}))
     return folder
 
 

@@ -59,7 +59,8 @@ def quickstart(out: str = "", config: Any = None) -> int:
     report.write_summary(folder / "summary.json", summary)
     report.write_page(page, summary, answered["answers"], test / "images", folder / "loss.png")
     print(
-        f"\n{table(answered)}\n\n{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training"
+        f"\n{table(answered)}\n\n{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training, "
+        f"of which {summary['data_stall']:.1%} waiting for data"
     )
     print(f"report: {page.resolve()}")
     return 0
@@ -80,16 +81,17 @@ def summarise(
     windows = [line for line in lines if "tokens_per_second" in line]
     slots = sum(line["slots"] for line in lines)
     saved = recipes.load(folder / "config.json")
-    training = sum(
+    seconds = [
         w["seconds_per_step"] * (w["step"] - before) for w, before in zip(windows, [0, *(w["step"] for w in windows)])
-    )
+    ]
+    training = sum(seconds)
     return {
         "seconds": time.time() - started,
         "training_seconds": training,
         "steps": lines[-1]["step"],
         "parameters": vlm.count(saved.model),
         "tokens_per_second": slots / training if training else math.nan,
-        "data_stall": sum(w["data_stall"] for w in windows) / max(len(windows), 1),
+        "data_stall": sum(w["data_stall"] * s for w, s in zip(windows, seconds)) / training if training else math.nan,
         "loss": lines[-1]["loss"],
         "held_out_watches": answered["count"].get("weather", 0),
         **{key: answered[key] for key in ("accuracy", "score", "chance", "count")},

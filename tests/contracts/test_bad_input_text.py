@@ -178,7 +178,7 @@ def test_broken_tokenizer(tmp_path, name):
 
 
 def test_directory_without_a_tokenizer(tmp_path):
-    with pytest.raises(TokenizerError, match="holds no tokenizer.json and no tokenizer.model"):
+    with pytest.raises(TokenizerError, match="holds none of tokenizer.json, tokenizer.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match="nowhere"):
         load_tokenizer(tmp_path / "nowhere")

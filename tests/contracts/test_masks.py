@@ -22,7 +22,7 @@ from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 LLAMA = "tokenizers/llama2.model"
 KINDS = ["tiny, legacy", "tiny", "bytes", "llama2, legacy", "llama2"]
 HERE = KINDS if (SHARED / LLAMA).exists() else KINDS[:3]
-CHECKED = [name for name, t in TEMPLATES.items() if t.style in ("TWO", "LLAMA_2")]
+CHECKED = [name for name, t in TEMPLATES.items() if t.style in ("TWO", "LLAMA_2") and t.origin == "llava"]
 DIALOGUES = [
     [
         ("human", "<image>\nWhat is shown in the image?"),

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.bench import packing as packing_bench
 from vlm_jax.data.packing import first_fit_decreasing, permutation, plan
 
 T, VIEWS = 50, 4
@@ -25,6 +26,21 @@ def test_plan(items, seed, epoch, window, max_samples):
     if window >= len(items) and max_samples is None and items:
         # no two rows could share one: each pair exceeds a budget, so twice the load bounds the rows
         assert len(made) <= 2 * (lengths.sum() / T + views.sum() / VIEWS) + 1
+
+
+@settings(max_examples=80)
+@given(LENGTHS, st.data(), st.integers(1, 40))
+def test_encoder_and_decoder_are_packed_together(items, data, window):
+    """A third budget: the answers of a row fit the decoder's slots."""
+    lengths, views = np.array([l for l, _ in items], int), np.array([v for _, v in items], int)
+    answers = np.array(data.draw(st.lists(st.integers(1, 12), min_size=len(items), max_size=len(items))), int)
+    made = plan(lengths, views, T, VIEWS, 0, 0, window, answers=answers, answer_length=12)
+    assert sorted(made.samples.tolist()) == list(range(len(items)))
+    for row in made:
+        assert lengths[row].sum() <= T and views[row].sum() <= VIEWS and answers[row].sum() <= 12
+    costs = [np.array(c, np.int32) for c in (lengths, views, answers)]
+    got = first_fit_decreasing(costs, (T, VIEWS, 12), window)
+    assert got.tolist() == slow_first_fit(costs, (T, VIEWS, 12), window).tolist()
 
 
 def slow_first_fit(costs, limits, window):
@@ -54,15 +70,30 @@ def test_first_fit_equals_the_plain_loop(items, window):
     assert got.tolist() == slow_first_fit(costs, (T, VIEWS), window).tolist()
 
 
-def test_realistic_rows_are_full():
-    """On a mixture like LLaVA's 665K (94% with one image) rows are nearly as few as the sum of lengths
-    allows.
-    """
-    rng, n = np.random.default_rng(0), 20_000
-    views = (rng.random(n) < 0.94).astype(int)
-    lengths = np.clip(rng.lognormal(np.log(250), 0.8, n).astype(int) + 40 + 576 * views, 50, 2048)
-    for row, budget, wanted in ((2048, 3, 0.88), (4096, 6, 0.95), (8192, 12, 0.97)):
-        assert lengths.sum() / (len(plan(lengths, views, row, budget, 0, 0)) * row) > wanted
+def test_rows_of_a_mixture_like_mix665k_are_nearly_as_few_as_can_be():
+    """Against best-fit-decreasing over all samples at once, which sees the whole epoch and plans it one sample at a time."""
+    lengths, views = packing_bench.lengths_and_views(40_000)
+    for row, budget, wanted in ((2048, 3, 0.88), (4096, 6, 0.95), (8192, 12, 0.98)):
+        full = packing_bench.full(lengths, len(plan(lengths, views, row, budget, 0, 0)), row)
+        best = packing_bench.full(lengths, packing_bench.best_fit_decreasing(lengths, views, row, budget), row)
+        assert full > wanted and full > best - 0.005
+
+
+def test_the_benchmark_imitates_the_published_lengths():
+    lengths, views = packing_bench.lengths_and_views(100_000)
+    assert abs(lengths.mean() - 892) < 5 and abs(np.percentile(lengths, 95) - 1417) < 15
+    assert lengths.max() == 2048 and abs(views.mean() - 0.94) < 0.01
+
+
+@settings(max_examples=60)
+@given(LENGTHS)
+def test_best_fit_keeps_every_budget(items):
+    """The yardstick itself: it never uses fewer rows than the budgets allow, nor more than first-fit's guarantee."""
+    lengths, views = np.array([l for l, _ in items], int), np.array([v for _, v in items], int)
+    rows = packing_bench.best_fit_decreasing(lengths, views, T, VIEWS)
+    assert max(-(-lengths.sum() // T), -(-views.sum() // VIEWS)) <= rows <= len(items)
+    if items:
+        assert rows <= 2 * (lengths.sum() / T + views.sum() / VIEWS) + 1
 
 
 def test_epochs_and_seeds_differ_and_rows_are_mixed():

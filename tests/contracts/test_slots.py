@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_data import ANYRES, TINY, encode, make_records, write_images
 from vlm_jax.config import IGNORE, IMAGE, ConfigError, VisionConfig, VLMConfig
-from vlm_jax.data.manifest import OK, REJECTED, Layout, TooLong, measure
+from vlm_jax.data.manifest import OK, REJECTED, DataError, Layout, Room, TooLong
+from vlm_jax.data.measuring import Limits, measure
 from vlm_jax.data.packing import Piece, RowShape, build_row, expand
 from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import NEWLINE, slots_of_image, slots_of_views, unpad_box, views_of_image
@@ -106,9 +107,15 @@ def test_truncation_never_cuts_an_image(made, limit, config):
     try:
         slots, count, views = Layout(encode, config, limit, 10**6).place(sample, sizes, "record 0")
     except TooLong as error:
-        assert str(error).startswith("record 0") and str(limit) in str(error)
+        assert str(error).startswith("record 0")
+        if error.reason == "too_long":
+            assert str(limit) in str(error)
+        else:
+            assert error.reason == "nothing_to_learn" and (sample.labels[1:] == IGNORE).all()
         return
     assert len(slots) <= limit and slots.weights.sum() > 0
+    whole = len(sample.tokens) + sum(len(slots_of_image(*size, config)) - 1 for size in sizes)
+    assert slots.cut == whole - len(slots), "what is cut off is counted"
     relative = [slots_of_image(*size, config) for size in sizes[:count]]
     assert views == sum(views_of_image(*size, config) for size in sizes[:count])
     firsts = np.cumsum([0] + [P * views_of_image(*size, config) for size in sizes[:count]])
@@ -160,13 +167,98 @@ def test_slots_of_a_sample_literally():
     }
 
 
+@st.composite
+def exchanges(draw):
+    """A sample of an encoder-decoder model: a question with images, and an answer."""
+    sample, sizes = draw(samples())
+    answer = np.arange(draw(st.integers(0, 30)), dtype=np.int32) + 100
+    return Sample(sample.tokens, np.full_like(sample.tokens, IGNORE), sample.images, answer=answer), sizes
+
+
+@settings(max_examples=100)
+@given(exchanges(), st.integers(1, 120), st.integers(1, 20))
+def test_an_answer_is_cut_but_never_loses_an_image(made, limit, answer_limit):
+    sample, sizes = made
+    takes = len(sample.tokens) + sum(len(slots_of_image(*size, TINY)) - 1 for size in sizes)
+    last_image = max([0, *np.flatnonzero(sample.tokens == IMAGE)])
+    until = last_image + sum(len(slots_of_image(*size, TINY)) - 1 for size in sizes) + bool(sizes)
+    try:
+        slots, count, _ = Layout(encode, TINY, limit, 10**6, answer_limit).place(sample, sizes, "record 0")
+    except TooLong as error:
+        assert (
+            (error.reason == "nothing_to_learn") == (len(sample.answer) == 0)
+            and until > limit
+            or not len(sample.answer)
+        )
+        return
+    assert count == len(sizes) and until <= limit, "the answer may be about any of the images"
+    assert slots.answer.tolist() == sample.answer[:answer_limit].tolist() and len(slots) == min(takes, limit)
+    assert slots.cut == takes - len(slots) + len(sample.answer) - len(slots.answer)
+
+
+def test_answers_of_a_row_literally():
+    def piece(tokens, answer, reserved):
+        sample = Sample(np.array(tokens), np.full(len(tokens), IGNORE), answer=np.array(answer))
+        return Piece(len(tokens), 0, expand(sample, [], [], 2), None, reserved)
+
+    pieces = [piece([5, 6], [8, 9, 1], 4), Piece(1, 0, None, None, 2), piece([7], [4, 1], 2)]
+    row = build_row(pieces, RowShape(slots=6, views=1, pixels=3, features=2, answers=10))
+    assert row["segments"].tolist() == [1, 1, 0, 3, 0, 0] and row["weights"].sum() == 0
+    assert row["answer_tokens"].tolist() == [0, 8, 9, 0, 0, 0, 0, 4, 0, 0], "one place later, behind the padding token"
+    assert row["answer_targets"].tolist() == [8, 9, 1, 0, 0, 0, 4, 1, 0, 0]
+    assert row["answer_segments"].tolist() == [1, 1, 1, 0, 0, 0, 3, 3, 0, 0]
+    assert row["answer_positions"].tolist() == [0, 1, 2, 0, 0, 0, 0, 1, 0, 0]
+    assert row["answer_weights"].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0]
+    assert row["answer_weights"].dtype == np.float32 and row["answer_tokens"].dtype == np.int32
+
+
+def test_a_drawn_sample_may_take_less_than_its_place_but_never_more():
+    """What is drawn again in every epoch leaves padding inside its place, or is cut to it."""
+    layout, tokens = Layout(encode, TINY, 100, 10), np.array([5, IMAGE, 8, 9, 7])
+    sample = Sample(tokens, np.where(tokens > 7, tokens, IGNORE), ("a",))
+    slots, _, views = layout.place(sample, [(9, 9)], "record 0", Room(30, 3))
+    row = build_row([Piece(10, 2, slots, np.ones((1, 3, 3, 3), np.uint8))] * 2, RowShape(24, 5, 3, P))
+    assert row["segments"].tolist() == [1] * 8 + [0, 0] + [2] * 8 + [0] * 6
+    assert row["images"][:, 0, 0, 0].tolist() == [1, 0, 1, 0, 0] and views == 1
+    assert row["image_slots"][11:15].tolist() == [2 * P, 2 * P + 1, 2 * P + 2, 2 * P + 3]
+    short, _, _ = layout.place(sample, [(9, 9)], "record 0", Room(6, 1))
+    assert len(short) == 6 and short.cut == 2 and short.weights.tolist() == [0, 0, 0, 0, 1, 0]
+    with pytest.raises(TooLong, match="record 0 takes 8 slots and nothing in the first 5 is trained on"):
+        layout.place(sample, [(9, 9)], "record 0", Room(5, 1))
+
+
 def test_rejected_samples_are_counted(tmp_path):
     records = make_records(write_images(tmp_path), 60, most_images=3)
-    table = measure(records, Layout(encode, TINY, 24, 2), max_bad=0)
-    whole = measure(records, Layout(encode, TINY, 10**6, 10), max_bad=0)
+    records[7] = {"tokens": [1, 2], "images": []}
+    records[9] = {"tokens": [1, 2, *[IMAGE] * 6, 50], "images": records[4]["images"][:1] * 6}
+    table = measure(records, Layout(encode, TINY, 24, 2), Limits(max_bad=0))
+    whole = measure(records, Layout(encode, TINY, 10**6, 10), Limits(max_bad=0))
     assert table.count(REJECTED) > 0 and table.count(REJECTED) + table.count(OK) == 60
-    needs_nothing = (whole.lengths <= 24) & (whole.views <= 2)
+    needs_nothing = (whole.lengths <= 24) & (whole.views <= 2) & (whole.status == OK)
     assert (table.status[needs_nothing] == OK).all() and (table.lengths == whole.lengths)[needs_nothing].all()
     assert (table.lengths[table.status == OK] <= 24).all() and (table.views[table.status == OK] <= 2).all()
-    assert [i for i, status, sentence in table.notes] == np.flatnonzero(table.status == REJECTED).tolist()
-    assert all(f"record {i} " in sentence for i, _, sentence in table.notes)
+    usable = table.status == OK
+    assert (table.lengths + table.cut == whole.lengths)[usable].all() and table.cut_count == (table.cut > 0).sum() > 0
+    assert [note.index for note in table.notes] == np.flatnonzero(table.status == REJECTED).tolist()
+    assert all(f"record {note.index} " in note.sentence for note in table.notes)
+    by_reason = {reason: [n.index for n in table.notes if n.reason == reason] for reason in table.reasons()}
+    assert by_reason.keys() == {"too_long", "too_many_images", "nothing_to_learn"}
+    assert (
+        by_reason["nothing_to_learn"] == [7]
+        and 9 in by_reason["too_long"]
+        and whole.reasons() == {"nothing_to_learn": 1}
+    )
+    assert (whole.views[by_reason["too_many_images"]] > 2).all() and (whole.lengths[by_reason["too_long"]] > 24).all()
+    assert table.without_loss == 1 + len(by_reason["too_long"])
+
+
+def test_too_many_unusable_records_stop_the_run_in_one_sentence(tmp_path):
+    records = make_records(write_images(tmp_path), 60, most_images=3)
+    layout = Layout(encode, TINY, 24, 2)
+    notes = measure(records, layout).notes
+    measure(records, layout, Limits(max_share=len(notes) / 60), "mine.json")
+    with pytest.raises(DataError) as error:
+        measure(records, layout, Limits(max_share=(len(notes) - 1) / 60), "mine.json")
+    said = str(error.value)
+    assert said.startswith(f"{len(notes)} of 60 records (") and f"data.max_bad_share={(len(notes) - 1) / 60:g}" in said
+    assert " too_many_images" in said and f"in mine.json; the first: {notes[0].sentence}" in said

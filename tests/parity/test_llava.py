@@ -3,33 +3,19 @@
 import functools
 import json
 
-from tests.goldens import beside, golden, needs_shared
-from vlm_jax.config import IGNORE, IMAGE
+from tests.golden_text import differing, lists, llama, read, recorded_labels, rendered, turns_of
+from tests.goldens import beside, golden
 from vlm_jax.data import sampler
 from vlm_jax.data.records import record_of
 from vlm_jax.data.tasks import TextFormat, encode_dialogue, place_images
-from vlm_jax.data.templates import TEMPLATES, TemplateError, render, template
+from vlm_jax.data.templates import TEMPLATES, TemplateError, template
 from vlm_jax.data.tokenizer import load_tokenizer
 
 UNSTATED_LENGTH = 2048  # of cases recorded without a model_max_length
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@functools.cache
-def llama(legacy):
-    return load_tokenizer(needs_shared("tokenizers/llama2.model"), legacy=legacy)
-
-
 def has_masks(data):
     return isinstance(data, dict) and "samples" in data
-
-
-def differing(pairs):
-    """Short list of (case, ours, theirs) that differ, for the assertion to show."""
-    return [pair for pair in pairs if pair[1] != pair[2]][:3]
 
 
 @golden("llava", "conversation_templates.json")
@@ -41,26 +27,15 @@ def test_conversation_templates(path):
         for field, value in fields.items():
             mine = getattr(ours, names.get(field, field))
             assert json.loads(json.dumps(mine)) == value, (name, field)
-    assert set(recorded) == set(TEMPLATES)
-
-
-def rendered(case, dialogues):
-    chosen = template(case["template"])
-    messages = [(chosen.roles[speaker == "gpt"], text) for speaker, text in dialogues[case["dialogue"]]]
-    if case.get("first_message_is_image_tuple"):
-        messages[0] = (messages[0][0], (messages[0][1], "an image", "Pad"))
-    before = list(chosen.messages) if case.get("keep_template_messages") else []
-    try:
-        return render(chosen, before + messages)
-    except TemplateError:
-        return "error"
+    assert set(recorded) == {name for name, t in TEMPLATES.items() if t.origin == "llava"}
 
 
 @golden("llava", "prompts.json")
 def test_prompts(path):
     data = read(path)
     assert not differing(
-        (c, rendered(c, data["dialogues"]), "error" if "error" in c else c["prompt"]) for c in data["cases"]
+        (c, rendered(template(c["template"]), c, data["dialogues"]), "error" if "error" in c else c["prompt"])
+        for c in data["cases"]
     )
 
 
@@ -86,7 +61,7 @@ def mask_cases(path):
     data = read(path)
     for case in data["cases"]:
         sample, chosen = data["samples"][case["sample"]], template(case["version"])
-        turns = [(turn["from"], turn["value"]) for turn in sample["conversations"]]
+        turns = turns_of(sample["conversations"])
         if sample["has_image"]:
             turns = place_images(turns, chosen, case["mm_use_im_start_end"])
         if "legacy" in case:
@@ -100,19 +75,9 @@ def mask_cases(path):
         yield case, turns, sample["has_image"], form, *recorded_labels(case, data)
 
 
-def recorded_labels(case, data):
-    if "error" in case:
-        return None, None
-    tokens = data["input_ids_pool"][case["input_ids_ref"]] if "input_ids_ref" in case else case["input_ids"]
-    labels = case.get("labels") or [IGNORE] * len(tokens)
-    for start, end in case.get("label_ranges", ()):
-        labels[start:end] = tokens[start:end]
-    return tokens, [IGNORE if label == IMAGE else label for label in labels]
-
-
 def encoded(turns, form, has_image):
     try:
-        return tuple(array.tolist() for array in encode_dialogue(turns, form, has_image))
+        return lists(encode_dialogue(turns, form, has_image))
     except TemplateError:
         return None, None
 

@@ -8,7 +8,8 @@ import pytest
 from tests.goldens import SHARED, cases
 from vlm_jax.config import SIGLIP_MEAN, SIGLIP_STD, VisionConfig, VLMConfig
 from vlm_jax.convert.processor_files import preprocessor_config, with_processor
-from vlm_jax.data.images import ImageSource, Preprocess, content_box, load_views
+from vlm_jax.data.image_source import ImageSource
+from vlm_jax.data.images import Preprocess, content_box, load_views
 from vlm_jax.models.slots import select_best_resolution, unpad_box
 
 PIXELS = cases("llava", "images/pixel_values*.npz") or sorted(

@@ -38,7 +38,7 @@ def named_template(jinja: str) -> str | None:
 
 def _parts(t: Template) -> tuple[str, tuple[str, str], tuple[str, str], str]:
     """(before the dialogue, around a user turn, around an answer, what opens an answer)."""
-    user, assistant = t.roles
+    user, assistant = t.roles[:2]
     if t.style == "TWO":
         return t.system + t.sep, (f"{user}: ", t.sep), (f"{assistant}: ", t.sep2 or ""), f"{assistant}:"
     if t.style == "SINGLE":

@@ -1,66 +1,109 @@
-"""The `data` part of a recipe, opened: files -> records -> rows of slots."""
+"""The `data` part of a recipe, opened: sources -> manifests -> mixture -> rows of slots.
+
+open_sources   name -> records             open_layout   record -> sample -> slots
+open_rows      both, measured (or read from the cache), mixed and planned
+"""
 
 from __future__ import annotations
 
-import hashlib
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.config import ConfigError, VLMConfig
-from vlm_jax.data.manifest import fingerprint
-from vlm_jax.data.options import DataConfig
-from vlm_jax.data.pipeline import Packing, Rows
-from vlm_jax.data.records import Record, Records
-from vlm_jax.data.tasks import TextFormat
-from vlm_jax.data.templates import template
+from vlm_jax.data.epochs import Packing
+from vlm_jax.data.manifest import Layout
+from vlm_jax.data.measuring import Means, measure_sources
+from vlm_jax.data.mixture import used_sources
+from vlm_jax.data.options import DataConfig, Source
+from vlm_jax.data.pipeline import Load, Rows
+from vlm_jax.data.records import Record
+from vlm_jax.data.sources import open_source
+from vlm_jax.data.tasks import encoder
 from vlm_jax.data.tokenizer import Tokenizer
 
-
-class Concatenated(Sequence[Record]):
-    """Several record files, one after another."""
-
-    def __init__(self, parts: Sequence[Records]):
-        self.parts = parts
-        self._ends = list(accumulate(len(p) for p in parts))
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content of every file."""
-        return hashlib.sha256("\0".join(str(fingerprint(p)) for p in self.parts).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} records, there is no number {index}")
-        part = bisect_right(self._ends, index)
-        return self.parts[part][index - (self._ends[part - 1] if part else 0)]
+SETTINGS = (
+    "template",
+    "im_start_end",
+    "keep_images",
+    "self_question",
+    "compat",
+)  # what text becomes, beside the tokenizer
 
 
-def open_rows(
-    data: DataConfig, model: VLMConfig, tokenizer: Tokenizer, *, epochs: int, max_bad: int, cache: Path
-) -> Rows:
-    """Rows of `epochs` passes over the files of `data`, in the order that data.seed draws."""
-    if not data.path:
-        raise ConfigError("data.path is empty: give LLaVA JSON files, e.g. --config.data.path=\"('train.json',)\"")
-    records = Concatenated([Records(p, data.image_folder or None) for p in data.path])
-    encode = TextFormat(
-        tokenizer,
-        template(data.template),
-        compat=data.compat,
-        start_end=data.im_start_end,
-        keep_images=data.keep_images,
-    )
-    how = Packing(
+def named_sources(data: DataConfig) -> dict[str, Source]:
+    """data.sources and the files of data.path (named after the file), without those that are left out; all checked."""
+    found = dict(data.sources)
+    for path in data.path:
+        name = stem = Path(path).name
+        count = 1
+        while name in found:
+            count += 1
+            name = f"{stem}#{count}"
+        found[name] = Source(path)
+    if not found:
+        raise ConfigError(
+            "data.path is empty and there are no data.sources: give LLaVA JSON files, e.g. "
+            "--config.data.path=\"('train.json',)\""
+        )
+    for name, source in found.items():
+        if not source.path:
+            raise ConfigError(f"data.sources.{name}.path is empty: name its file")
+    return used_sources(found, data.epoch_samples)
+
+
+def open_sources(data: DataConfig, cache: Path | None = None) -> dict[str, Sequence[Record]]:
+    """The records of every source that is used, by name; `cache` is where a source may keep an index of its file."""
+    cache = Path(data.cache) if data.cache else cache
+    return {name: open_source(source, data, cache) for name, source in named_sources(data).items()}
+
+
+def packing_of(data: DataConfig, **more: Any) -> Packing:
+    """How `data` packs its samples; more: what the training part of a recipe says (epochs, least_rows, group, max_bad)."""
+    return Packing(
         row_length=data.row_length,
         view_budget=data.views_per_row,
         sample_length=data.sample_length,
+        answer_length=data.answer_length,
         max_samples=data.max_samples,
+        order=data.order,
         seed=data.seed,
-        epochs=epochs,
-        max_bad=max_bad,
+        sources=named_sources(data),
+        epoch_samples=data.epoch_samples,
+        max_bad_share=data.max_bad_share,
+        **more,
     )
-    return Rows(records, encode, model, how, data.cache or cache, threads=data.threads)
+
+
+def open_layout(data: DataConfig, model: VLMConfig, tokenizer: Tokenizer) -> Layout:
+    """How a record becomes slots of `model`."""
+    return packing_of(data).layout(encoder(data, tokenizer), model)
+
+
+def open_rows(
+    data: DataConfig,
+    model: VLMConfig,
+    tokenizer: Tokenizer,
+    *,
+    cache: Path,
+    epochs: int = 1,
+    least_rows: int = 0,
+    global_batch: int = 1,
+    max_bad: int | None = None,
+    state: Mapping[str, Any] | None = None,
+    load: Load | None = None,
+    turn: Callable[[Callable[[], Any]], Any] = lambda measuring: measuring(),
+) -> Rows:
+    """Rows of `epochs` passes over `data`, and of more passes until there are `least_rows`.
+
+    cache: where manifests are kept unless data.cache says another place. global_batch: rows of a step. state: where a run stands
+    that goes on (Batches.state), whose manifests are then taken if they are still there. load, turn: see Rows, measure_sources.
+    """
+    how = packing_of(data, epochs=epochs, least_rows=least_rows, group=global_batch, max_bad=max_bad)
+    cache = Path(data.cache) if data.cache else cache
+    sources, encode = open_sources(data, cache), encoder(data, tokenizer)
+    means = Means(cache, data.threads, data.processes)
+    wanted = {name: kept["digest"] for name, kept in (state or {}).get("sources", {}).items()}
+    manifests = measure_sources(sources, how.layout(encode, model), how.limits, means, wanted, turn)
+    settings = {"data.tokenizer": tokenizer.fingerprint} | {f"data.{key}": getattr(data, key) for key in SETTINGS}
+    return Rows(sources, encode, model, how, manifests=manifests, load=load, settings=settings)

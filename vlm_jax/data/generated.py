@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_jax.config import one_of
-from vlm_jax.data.new_tokenizer import byte_level, word_level
+from vlm_jax.data.new_tokenizer import LLAMA, T5, byte_level, word_level
 from vlm_jax.data.options import DataConfig
 from vlm_jax.data.smartwatch_files import WatchSet, generate
 from vlm_jax.data.templates import Template, messages_of, render, template
@@ -25,15 +25,18 @@ def make_watch_data(folder: Path, data: DataConfig, vocab: int, progress: bool =
     one_of("data.generated_task", data.generated_task, TASKS)
     one_of("data.generated_tokenizer", data.generated_tokenizer, TOKENIZERS)
     rounds = data.generated_task == "rounds"
-    settings = WatchSet(data.generated_watches, data.seed, "rounds" if rounds else "published")
+    style = "rounds" if rounds else "published"
+    look = {"material": data.generated_material, "hands": data.generated_hands}
+    settings = WatchSet(data.generated_watches, data.seed, style, **look)
     drawn = json.loads(generate(folder, settings, progress=progress).read_text(encoding="utf-8"))
     records = [r for r in drawn if rounds or r["task"] == data.generated_task]
     t = template(data.template)
+    layout = T5 if t.origin == "clip_flant5" else LLAMA
     texts = [t.system, *training_texts(records, t)]
     if data.generated_tokenizer == "word":
-        word_level(texts, folder)
+        word_level(texts, folder, layout)
     else:
-        byte_level(texts, vocab - SPARE, folder)
+        byte_level(texts, vocab - SPARE, folder, layout)
     (folder / "train.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return folder / "train.json"
 

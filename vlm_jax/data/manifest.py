@@ -1,40 +1,47 @@
-"""What every record takes in a row, measured once and kept: packing plans and exact resume rest on this.
+"""What every record takes in a row, as a table with a line per record: packing plans and exact resume rest on it.
 
-lengths [N]  slots of the record after cutting it to the limit; 0 = unusable
-views   [N]  image views
-checks  [N]  crc32 of tokens and labels, so that a changed record is noticed
-status  [N]  OK, REJECTED (images do not fit, nothing supervised) or BAD (broken record or image)
+lengths    slots after cutting to the limit; 0 = unusable       checks     crc32 of tokens, labels and answer, so that a
+views      image views                                                     changed record is noticed
+answers    answer slots (encoder-decoder models), else 0        images     images that are shown
+words      words, negative without an image (data.sampler)      generated  images that are to be generated
+cut        slots that were cut off: 0 = the sample is whole     status     OK, REJECTED (images do not fit, nothing
+supervised tokens with loss                                                supervised) or BAD (broken record or image)
+ids        64-bit hash of the record's id
+sizes      [all images, 2] (w, h), one record after another; (0, 0) where only the file's existence was looked at
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import hashlib
-import json
-import logging
-import multiprocessing
-import os
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_jax.config import ConfigError, UserError, VLMConfig, to_dict
-from vlm_jax.data import images
+from vlm_jax.config import ConfigError, UserError, VLMConfig
+from vlm_jax.data import images, sampler
+from vlm_jax.data.image_source import ImageError, ImageSource
 from vlm_jax.data.packing import Slots, expand, truncate
+from vlm_jax.data.records import Record
 from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import slots_of_image, views_of_image
 
-log = logging.getLogger(__name__)
-
 OK, REJECTED, BAD = 0, 1, 2
-CHUNK = 256  # records measured by one worker at a time
-VERSION = 1  # of the measurement: a cached manifest of another version is measured again
+# how closely images are looked at: is there a file, what size is it, can all of it be decoded
+EXISTS, HEADER, DECODE = 0, 1, 2
+COLUMNS = {
+    **dict.fromkeys(("lengths", "views", "answers", "words", "cut", "supervised", "images", "generated"), np.int32),
+    "ids": np.uint64,
+    "checks": np.uint32,
+    "status": np.int8,
+}
+# what the order of samples and their slots depend on
+ORDERING = ("lengths", "views", "answers", "words", "checks", "status")
+WITHOUT_LOSS = ("too_long", "nothing_to_learn")  # reasons of samples with nothing supervised
+Size = tuple[int, int]  # (width, height)
 
 
 class DataError(UserError):
@@ -42,69 +49,164 @@ class DataError(UserError):
 
 
 class TooLong(UserError):
-    """A sample is rejected: its images do not fit, or nothing that is supervised would be left."""
+    """A sample is rejected; reason: "too_long" or "too_many_images" for a row, or "nothing_to_learn": nothing in it is supervised."""
+
+    def __init__(self, message: str, reason: str = "too_long"):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Note(NamedTuple):
+    """Why a record is unusable: its number, REJECTED or BAD, a slug to count by, and the sentence."""
+
+    index: int
+    status: int
+    reason: str
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What is reserved in a row: slots, image views, answer slots."""
+
+    slots: int
+    views: int
+    answers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one record becomes slots: `encode`, the image geometry of the model, and the limits of a sample."""
+    """How one record becomes slots: `encode`, the image geometry of the model, and the limits of a sample.
 
-    encode: Callable[[Any], Sample]
+    depth: how closely measuring looks at images (EXISTS, HEADER, DECODE); headers are read anyway where slots depend on sizes.
+    look(source) -> (w, h), (0, 0) if it does not know, or ImageError: does it instead, for a caller that wants to see every image.
+    """
+
+    encode: Callable[..., Sample]
     config: VLMConfig
     limit: int
     view_budget: int
+    answer_limit: int = 1024
+    depth: int = EXISTS
+    look: Callable[[ImageSource], Size] | None = None
 
-    def place(self, sample: Sample, sizes: Sequence[tuple[int, int]], name: str) -> tuple[Slots, int, int]:
-        """(slots, images kept, their views) of a sample with images of `sizes` (w, h), cut to the limit.
+    def place(
+        self, sample: Sample, sizes: Sequence[Size], name: str, room: Room | None = None
+    ) -> tuple[Slots, int, int]:
+        """(slots, images kept, their views) of a sample with images of `sizes` (w, h), cut to `room` (default: the limits).
 
         Raises TooLong if a row cannot hold its views or nothing that is supervised is left.
         """
+        room = room or Room(self.limit, self.view_budget, self.answer_limit)
         slots = [slots_of_image(*size, self.config) for size in sizes]
-        kept = truncate(sample, [len(s) for s in slots], self.limit)
+        kept = truncate(sample, [len(s) for s in slots], room.slots, room.answers)
+        takes = len(sample.tokens) + sum(len(s) - 1 for s in slots)
         if kept is None:
-            takes = len(sample.tokens) + sum(len(s) - 1 for s in slots)
-            raise TooLong(f"{name} takes {takes} slots and nothing in the first {self.limit} is trained on")
+            if truncate(sample, [len(s) for s in slots], takes, None) is None:
+                raise TooLong(f"{name} has nothing to learn from: its answers are empty or masked", "nothing_to_learn")
+            raise TooLong(f"{name} takes {takes} slots and nothing in the first {room.slots} is trained on")
         count = len(kept.images)
         views = [views_of_image(*size, self.config) for size in sizes[:count]]
-        if sum(views) > self.view_budget:
-            raise TooLong(f"{name} has {sum(views)} image views, but data.views_per_row={self.view_budget}")
-        return expand(kept, slots[:count], views, self.config.vision.features), count, sum(views)
+        if sum(views) > room.views:
+            raise TooLong(
+                f"{name} has {sum(views)} image views, but data.views_per_row={self.view_budget}: raise it",
+                "too_many_images",
+            )
+        made = expand(kept, slots[:count], views, self.config.vision.features)
+        lost = takes - len(made) + (0 if sample.answer is None else len(sample.answer) - len(kept.answer))
+        return dataclasses.replace(made, cut=lost), count, sum(views)
 
-    def sizes(self, sources: Sequence[images.ImageSource]) -> list[tuple[int, int]]:
-        """(w, h) of images: from their headers where slots depend on them, else only that the files exist."""
-        if self.config.aspect == "anyres":
-            return [images.image_size(source) for source in sources]
-        for source in sources:
-            images.check_exists(source)
-        return [(1, 1)] * len(sources)
+    def sizes(self, sources: Sequence[ImageSource]) -> list[Size]:
+        """(w, h) of images, (0, 0) where nothing depends on it and only the files' existence was looked at."""
+        look = self.look or (_exists, images.image_size, _decoded)[self.depth]
+        found = [look(source) for source in sources]
+        if self.config.aspect != "anyres":
+            return found
+        return [size if all(size) else images.image_size(source) for size, source in zip(found, sources)]
 
-    def measure(self, records: Sequence[Any], start: int, stop: int) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
-        """Rows start..stop of the manifest, [n, 4], and (index, status, sentence) of the unusable records."""
-        table, notes = np.zeros((stop - start, 4), np.int64), []
-        for index in range(start, stop):
+    def measure(self, records: Sequence[Any], start: int, stop: int) -> Manifest:
+        """Records start..stop as a manifest of their own, its notes numbered from 0."""
+        table = {name: np.zeros(stop - start, kind) for name, kind in COLUMNS.items()}
+        sizes, notes = [], []
+        for line, index in enumerate(range(start, stop)):
             try:
-                record = records[index]
-                sample, name = self.encode(record), name_of(record, index)
-                slots, _, views = self.place(sample, self.sizes(sources_of(sample, name)), name)
-                table[index - start] = len(slots), views, checksum(sample), OK
+                found, of_images = self.measure_one(records[index], index)
+                sizes += of_images
             except ConfigError:
                 raise
             except (ValueError, OSError) as error:
-                status = REJECTED if isinstance(error, TooLong) else BAD
-                table[index - start, 3] = status
-                notes.append((index, status, str(error)))
-        return table, notes
+                note = note_of(error, line)
+                found = {"status": note.status}
+                notes.append(note)
+            for name, value in found.items():
+                table[name][line] = value
+        return Manifest(**table, sizes=np.array(sizes, np.int32).reshape(-1, 2), notes=tuple(notes))
+
+    def measure_one(self, record: Any, index: int) -> tuple[dict[str, int], list[Size]]:
+        """(columns of the record, sizes of its images); raises what makes it unusable."""
+        sample, name = self.encode(record), name_of(record, index)
+        sizes = self.sizes(sources_of(sample, name))
+        self.sizes([ImageSource.of(image, name) for image in sample.generated])
+        placed, _, views = self.place(sample, sizes, name)
+        return {
+            "lengths": len(placed),
+            "views": views,
+            "answers": 0 if placed.answer is None else len(placed.answer),
+            "words": words_of(record, sample),
+            "cut": placed.cut,
+            "supervised": np.count_nonzero(placed.weights) if placed.answer is None else len(placed.answer),
+            "images": len(sizes),
+            "generated": len(sample.generated),
+            "ids": hash_of_id(record, index),
+            "checks": checksum(sample),
+        }, sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The module's table, int64 [N] each; notes: (index, status, sentence) of the unusable records."""
+    """The module's table: arrays [N], sizes [M, 2], and a note for every unusable record, in order."""
 
     lengths: np.ndarray
     views: np.ndarray
+    answers: np.ndarray
+    words: np.ndarray
+    cut: np.ndarray
+    supervised: np.ndarray
+    images: np.ndarray
+    generated: np.ndarray
+    ids: np.ndarray
     checks: np.ndarray
     status: np.ndarray
-    notes: tuple[tuple[int, int, str], ...] = ()
+    sizes: np.ndarray
+    notes: tuple[Note, ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[Manifest]) -> Manifest:
+        """One table of several, one after another, the notes renumbered."""
+        notes, start = [], 0
+        for part in parts:
+            notes += [note._replace(index=note.index + start) for note in part.notes]
+            start += len(part)
+        empty = {name: np.zeros(0, kind) for name, kind in COLUMNS.items()} | {"sizes": np.zeros((0, 2), np.int32)}
+        table = {name: np.concatenate([none, *(getattr(p, name) for p in parts)]) for name, none in empty.items()}
+        return cls(**table, notes=tuple(notes))
+
+    def replaced(self, lines: Mapping[int, Manifest]) -> Manifest:
+        """The table with other lines (number -> manifest of that one record) in place of unusable ones."""
+        lines = dict(sorted(lines.items()))
+        table = {name: getattr(self, name).copy() for name in COLUMNS}
+        for index, line in lines.items():
+            for name, column in table.items():
+                column[index] = getattr(line, name)[0]
+        ends = np.cumsum(self.images)
+        where = np.repeat([int(ends[index]) for index in lines], [len(line.sizes) for line in lines.values()])
+        sizes = np.insert(self.sizes, where, np.concatenate([line.sizes for line in lines.values()]), axis=0)
+        notes = {note.index: note for note in self.notes if note.index not in lines}
+        notes |= {index: note._replace(index=index) for index, line in lines.items() for note in line.notes}
+        return Manifest(**table, sizes=sizes, notes=tuple(notes[index] for index in sorted(notes)))
+
+    def __len__(self) -> int:
+        return len(self.status)
 
     @property
     def usable(self) -> np.ndarray:
@@ -115,12 +217,41 @@ class Manifest:
         """Number of records with this status."""
         return int((self.status == status).sum())
 
+    def reasons(self) -> dict[str, int]:
+        """Why records are unusable -> how many, the most frequent first."""
+        return dict(collections.Counter(note.reason for note in self.notes).most_common())
+
+    @property
+    def cut_count(self) -> int:
+        """Usable samples that were longer than the limit and lost their end."""
+        return int((self.cut > 0).sum())
+
+    @property
+    def without_loss(self) -> int:
+        """Samples in which, whole or cut to the limit, nothing is supervised; they are not trained on."""
+        reasons = self.reasons()
+        return sum(reasons.get(reason, 0) for reason in WITHOUT_LOSS)
+
     def digest(self) -> str:
         """Hash of everything in the data that the order of samples and their slots depend on."""
         digest = hashlib.sha256()
-        for array in (self.lengths, self.views, self.checks, self.status):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for name in ORDERING:
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         return digest.hexdigest()[:32]
+
+    def summary(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the manifest (JSON), to tell later what has changed."""
+        totals = {name: int(getattr(self, name).sum()) for name in ("lengths", "views", "answers")}
+        return {"records": len(self), "usable": self.count(OK), **totals, "digest": self.digest()}
+
+
+def _exists(source: ImageSource) -> Size:
+    images.check_exists(source)
+    return 0, 0
+
+
+def _decoded(source: ImageSource) -> Size:
+    return images.open_image(source).size
 
 
 def name_of(record: Any, index: int) -> str:
@@ -128,128 +259,36 @@ def name_of(record: Any, index: int) -> str:
     return getattr(record, "where", f"record {index}")
 
 
-def sources_of(sample: Sample, name: str) -> list[images.ImageSource]:
+def sources_of(sample: Sample, name: str) -> list[ImageSource]:
     """Images of a sample in order; paths are given the name of their record."""
-    return [images.ImageSource.of(image, name) for image in sample.images]
+    return [ImageSource.of(image, name) for image in sample.images]
+
+
+def hash_of_id(record: Any, index: int) -> int:
+    """64 bits of the record's own id; of its number if it has none."""
+    name = str(getattr(record, "id", index))
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "little")
+
+
+def words_of(record: Any, sample: Sample) -> int:
+    """`sampler.modality_length` of a record, at least one word; tokens are counted where it has no turns."""
+    if not isinstance(record, Record):
+        return len(sample.tokens) if sample.images else -len(sample.tokens)
+    return sampler.modality_length(record) or (1 if record.images else -1)
 
 
 def checksum(sample: Sample) -> int:
-    """crc32 of the tokens and labels of a sample."""
-    tokens, labels = (np.asarray(a, np.int32).tobytes() for a in (sample.tokens, sample.labels))
-    return zlib.crc32(labels, zlib.crc32(tokens))
+    """crc32 of the tokens, labels and answer of a sample."""
+    answer = np.zeros(0) if sample.answer is None else sample.answer
+    check = 0
+    for array in (sample.tokens, sample.labels, answer):
+        check = zlib.crc32(np.asarray(array, np.int32).tobytes(), check)
+    return check
 
 
-def check_limit(bad: int, max_bad: int, sentence: str) -> None:
-    """Raise DataError when more samples are bad than the config allows."""
-    if bad > max_bad:
-        raise DataError(
-            f"{bad} samples are unusable, more than train.max_bad_samples={max_bad}; the last one: {sentence}"
-        )
-
-
-def measure(records: Sequence[Any], layout: Layout, max_bad: int, threads: int = 4, processes: int = 0) -> Manifest:
-    """Encode every record once; stops with DataError as soon as more than `max_bad` are bad.
-
-    processes > 0 starts that many workers (records and layout.encode must be picklable), else threads work.
-    """
-    parts, notes, bad = [np.zeros((0, 4), np.int64)], [], 0
-    for table, found in _chunks(records, layout, threads, processes):
-        parts.append(table)
-        notes += found
-        broken = [sentence for _, status, sentence in found if status == BAD]
-        bad += len(broken)
-        check_limit(bad, max_bad, broken[-1] if broken else "")
-    manifest = Manifest(*np.concatenate(parts).T.copy(), notes=tuple(notes))
-    for _, status, sentence in notes[:20]:
-        log.warning("%s: %s", "skipped" if status == BAD else "rejected", sentence)
-    if len(notes) > 20:
-        log.warning("%d skipped and %d rejected records in all", manifest.count(BAD), manifest.count(REJECTED))
-    if not len(manifest.usable):
-        first = f"; the first: {notes[0][2]}" if notes else ""
-        raise DataError(f"none of the {len(records)} records can be trained on{first}")
-    return manifest
-
-
-def _chunks(records: Sequence[Any], layout: Layout, threads: int, processes: int) -> Iterator[tuple[np.ndarray, list]]:
-    """`Layout.measure` over all records in chunks, in order, a bounded number of chunks ahead."""
-    if processes:
-        context = multiprocessing.get_context("spawn")  # fork is unsafe once JAX has started its threads
-        pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (records, layout))
-        task, ahead = _measure_here, 4 * processes
-    else:
-        pool, ahead = concurrent.futures.ThreadPoolExecutor(max(threads, 1)), 4 * max(threads, 1)
-
-        def task(start: int, stop: int):
-            return layout.measure(records, start, stop)
-
-    pending = collections.deque()
-    try:
-        for start in range(0, len(records), CHUNK):
-            pending.append(pool.submit(task, start, min(start + CHUNK, len(records))))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # an error stops the measurement at once
-
-
-_WORKER: list[Any] = []  # (records, layout) of a measuring process
-
-
-def _start_worker(records: Sequence[Any], layout: Layout) -> None:
-    _WORKER[:] = [records, layout]
-
-
-def _measure_here(start: int, stop: int) -> tuple[np.ndarray, list]:
-    records, layout = _WORKER
-    return layout.measure(records, start, stop)
-
-
-def load_or_measure(
-    records: Sequence[Any],
-    layout: Layout,
-    max_bad: int,
-    cache: str | Path | None = None,
-    threads: int = 4,
-    processes: int = 0,
-) -> Manifest:
-    """`measure`, kept as <cache>/manifest-<key>.npz for the next run over the same records and encoding.
-
-    Kept only where the content of both is known (see `fingerprint`) and no record is bad: a missing image may
-    be there the next time.
-    """
-    path = _cache_path(records, layout, cache)
-    if path is not None and path.is_file():
-        with np.load(path) as kept:
-            notes = tuple((int(i), int(s), str(t)) for i, s, t in json.loads(str(kept["notes"])))
-            return Manifest(*(kept[name] for name in ("lengths", "views", "checks", "status")), notes=notes)
-    manifest = measure(records, layout, max_bad, threads, processes)
-    if path is not None and not manifest.count(BAD):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # other hosts may write the same file
-        fields = {k: getattr(manifest, k) for k in ("lengths", "views", "checks", "status")}
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, notes=json.dumps(manifest.notes), **fields)
-        os.replace(partial, path)
-    return manifest
-
-
-def fingerprint(source: Any) -> str | None:
-    """What records or an encode function hold: their own `fingerprint`, or the hash of their file `path`."""
-    mark = getattr(source, "fingerprint", None)
-    if mark is None and getattr(source, "path", None) is not None:
-        with open(source.path, "rb") as file:
-            mark = f"{hashlib.file_digest(file, 'blake2b').hexdigest()} {getattr(source, 'image_folder', '')}"
-    return mark
-
-
-def _cache_path(records: Sequence[Any], layout: Layout, cache: str | Path | None) -> Path | None:
-    marks = [fingerprint(records), fingerprint(layout.encode)] if cache is not None else [None]
-    if None in marks:
-        return None
-    config = to_dict(layout.config)
-    geometry = [config[name] for name in ("vision", "aspect", "merge", "pinpoints")]
-    limits = [layout.limit, layout.view_budget, len(records)]
-    key = json.dumps([VERSION, marks, geometry, limits], sort_keys=True)
-    return Path(cache) / f"manifest-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+def note_of(error: Exception, index: int) -> Note:
+    """The note of record `index` that failed with `error`; the reason is the error's own `reason` if it has one."""
+    reason = getattr(error, "reason", "")
+    if not reason:
+        reason = "image" if isinstance(error, ImageError) else "unreadable" if isinstance(error, OSError) else "record"
+    return Note(index, REJECTED if isinstance(error, TooLong) else BAD, reason, str(error))

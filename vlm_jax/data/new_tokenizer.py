@@ -2,7 +2,7 @@
 
     byte_level   BPE over bytes: nothing is unknown
     word_level   one id per word, digit or punctuation mark
-Both have <s>, </s>, <unk>, <pad> as ids 1, 2, 0, 3 and put <s> first, as Llama's does.
+Both are laid out as Llama's, which puts <s> first, or as T5's, which puts </s> last (`Layout`).
 """
 
 from __future__ import annotations
@@ -10,52 +10,62 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 # a template's mark | a word, with hyphens and apostrophes | a number of a time | a digit | any other mark | white space
 WORD = r" ?\[/?INST\]| ?\p{L}+(?:[-']\p{L}+)*| ?\p{N}{2}(?=:)|(?<=:)\p{N}{2}| ?\p{N}| ?[^\s\p{L}\p{N}]|\s"
 
 
-def byte_level(texts: Iterable[str], vocab: int, directory: Path) -> None:
+class Layout(NamedTuple):
+    """special: the first ids; single: what is put around every text."""
+
+    special: tuple[str, ...]
+    single: str
+
+
+LLAMA = Layout(("<unk>", "<s>", "</s>", "<pad>"), "<s> $A")
+T5 = Layout(("<pad>", "</s>", "<unk>"), "$A </s>")
+
+
+def byte_level(texts: Iterable[str], vocab: int, directory: Path, layout: Layout = LLAMA) -> None:
     """Train a byte-level BPE of at most `vocab` tokens on `texts` and write it to `directory`."""
     made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab, special_tokens=list(layout.special), initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(texts, trainer)
-    _write(made, directory)
+    _write(made, directory, layout)
 
 
-def word_level(texts: Iterable[str], directory: Path) -> None:
+def word_level(texts: Iterable[str], directory: Path, layout: Layout = LLAMA) -> None:
     """Collect the words of `texts`, each with its leading space if it has one (see WORD).
 
     "top-left" is one word and "06:48:56" five: a number inside a time is one word, in other numbers every digit is.
     """
     cut = pre_tokenizers.Split(tokenizers.Regex(WORD), "isolated")
     words = {word for text in texts for word, _ in cut.pre_tokenize_str(text)}
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words | {" ", "\n"})])}
+    vocabulary = {word: i for i, word in enumerate([*layout.special, *sorted(words | {" ", "\n"})])}
     made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = cut
     made.decoder = decoders.Fuse()
-    _write(made, directory)
+    _write(made, directory, layout)
 
 
-def _write(made: tokenizers.Tokenizer, directory: Path) -> None:
-    made.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
-    )
+def _write(made: tokenizers.Tokenizer, directory: Path, layout: Layout) -> None:
+    made.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in layout.special])
+    around = [(token, made.token_to_id(token)) for token in layout.special if token in layout.single]
+    made.post_processor = processors.TemplateProcessing(single=layout.single, special_tokens=around)
     directory.mkdir(parents=True, exist_ok=True)
     made.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
+        "bos_token": "<s>" if "<s>" in layout.special else None,
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "pad_token": "<pad>",

@@ -5,6 +5,7 @@
                  image_slots -1 -1  0  1  2 -1 -1
                  targets      .  .  .  .  9  4  .      the label of the next slot
     row          [ sample | sample | ... | padding ]   segments 1 1 .. 2 2 .. 0 0
+    answers      [ answer | answer | ... | padding ]   of an encoder-decoder model: same samples, same segments
 
 `plan` is first-fit-decreasing inside windows of a shuffled epoch: O(n log n) to sort, then one vector step
 per sample rank that serves every window at once. It is a pure function of its arguments, so a row is
@@ -15,45 +16,56 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import IGNORE, IMAGE
+from vlm_jax.config import GENERATED, IGNORE, IMAGE
+from vlm_jax.data.t5_text import answer_slots
 from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import NEWLINE
 
-WINDOW = 4096  # samples packed together: a larger window fills rows a little better and plans more slowly
+WINDOW = 4096  # samples packed together; all 665K at once would fill rows 0.1 % better (launch/bench/packing.py)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
     """One sample in slots, arrays [n]: tokens, image_slots, targets int32, weights float32 (see the module).
 
-    image_slots: -1 text, NEWLINE, or a feature index counted from the sample's first view.
+    image_slots: -1 text, NEWLINE, or a feature index counted from the sample's first view. answer int32 [m]: what a decoder has to
+    say, None for decoder-only models. cut: slots of the sample that did not fit.
     """
 
     tokens: np.ndarray
     image_slots: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    answer: np.ndarray | None = None
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def truncate(sample: Sample, image_slots: Sequence[int], limit: int) -> Sample | None:
+def truncate(sample: Sample, image_slots: Sequence[int], limit: int, answer_limit: int | None = None) -> Sample | None:
     """The longest beginning of a sample that takes at most `limit` slots, image k taking image_slots[k].
 
-    No image is ever cut. None if nothing supervised would be left: such a sample is rejected and counted.
+    No image is ever cut. None if nothing supervised would be left: such a sample is rejected and counted. An answer (of an
+    encoder-decoder model) keeps its first `answer_limit` tokens, and all images, because it may be about any of them.
     """
     takes = _takes(sample, image_slots)
     kept = int(np.searchsorted(np.cumsum(takes), limit, side="right"))
     tokens, labels = sample.tokens[:kept], sample.labels[:kept]
-    if not (labels[1:] != IGNORE).any():
+    shown, answer = int((tokens == IMAGE).sum()), sample.answer
+    if answer is None:
+        supervised = bool((labels[1:] != IGNORE).any())
+    else:
+        answer = answer[:answer_limit]
+        supervised = len(answer) > 0 and kept > 0 and shown == len(image_slots)
+    if not supervised:
         return None
-    return dataclasses.replace(
-        sample, tokens=tokens, labels=labels, images=sample.images[: int((tokens == IMAGE).sum())]
-    )
+    drawn = sample.generated[: int((tokens == GENERATED).sum())]
+    return Sample(tokens, labels, sample.images[:shown], drawn, answer)
 
 
 def _takes(sample: Sample, image_slots: Sequence[int]) -> np.ndarray:
@@ -82,27 +94,38 @@ def expand(sample: Sample, image_slots: Sequence[np.ndarray], views: Sequence[in
     following = np.append(labels[1:], IGNORE)
     supervised = following != IGNORE
     targets = np.where(supervised, following, 0).astype(np.int32)
-    return Slots(tokens, placed, targets, supervised.astype(np.float32))
+    return Slots(tokens, placed, targets, supervised.astype(np.float32), sample.answer)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Static sizes of a row: T slots, I view budget, S pixels per side, P features per view."""
+    """Static sizes of a row: T slots, I view budget, S pixels per side, P features per view, U answer slots (0: decoder-only).
+
+    key, view_shape, dtype: what a row holds per view, where it is not pixels uint8 [S, S, 3].
+    """
 
     slots: int
     views: int
     pixels: int
     features: int
+    answers: int = 0
+    key: str = "images"
+    view_shape: tuple[int, ...] = ()
+    dtype: Any = np.uint8
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A sample's place in a row and what is in it; slots None: an image turned out to be broken, padding."""
+    """A sample's place in a row and what is in it, which may be less; slots None: an image turned out to be broken, padding.
+
+    length slots, `views` image views and `answers` answer slots are reserved; pixels uint8 [v, S, S, 3], v <= views.
+    """
 
     length: int
     views: int
     slots: Slots | None
     pixels: np.ndarray | None
+    answers: int = 0
 
 
 def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]:
@@ -110,27 +133,42 @@ def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]
 
     tokens, targets (0 where not supervised), segments (1.. per sample, 0 padding), positions (restart per
     sample), image_slots (-1 text; v*P + p feature p of the row's view v; I*P image_newline): int32 [T].
-    weights float32 [T]. images uint8 [I, S, S, 3], zeros where unused.
+    weights float32 [T]. images uint8 [I, S, S, 3] (or what RowShape says), zeros where unused.
+    With answers also answer_tokens (what the decoder reads), answer_targets, answer_segments, answer_positions
+    int32 [U] and answer_weights float32 [U]; a sample has the same segment number in both.
     """
     row = {name: np.zeros(shape.slots, np.int32) for name in ("tokens", "targets", "segments", "positions")}
     row["image_slots"] = np.full(shape.slots, -1, np.int32)
     row["weights"] = np.zeros(shape.slots, np.float32)
-    row["images"] = np.zeros((shape.views, shape.pixels, shape.pixels, 3), np.uint8)
-    at, view = 0, 0
+    row[shape.key] = np.zeros((shape.views, *(shape.view_shape or (shape.pixels, shape.pixels, 3))), shape.dtype)
+    if shape.answers:
+        names = ("answer_tokens", "answer_targets", "answer_segments", "answer_positions")
+        row |= {name: np.zeros(shape.answers, np.int32) for name in names}
+        row["answer_weights"] = np.zeros(shape.answers, np.float32)
+    at, view, answer = 0, 0, 0
     for number, piece in enumerate(pieces, start=1):
-        here = slice(at, at + piece.length)
         if piece.slots is not None:
-            s = piece.slots
+            s, here = piece.slots, slice(at, at + len(piece.slots))
             row["tokens"][here], row["targets"][here], row["weights"][here] = s.tokens, s.targets, s.weights
             shifted = np.where(s.image_slots >= 0, s.image_slots + view * shape.features, s.image_slots)
             newline = shape.views * shape.features
             row["image_slots"][here] = np.where(s.image_slots == NEWLINE, newline, shifted)
             row["segments"][here] = number
-            row["positions"][here] = np.arange(piece.length)
+            row["positions"][here] = np.arange(len(s))
             if piece.pixels is not None:
-                row["images"][view : view + piece.views] = piece.pixels
-        at, view = at + piece.length, view + piece.views
+                row[shape.key][view : view + len(piece.pixels)] = piece.pixels
+            if s.answer is not None:
+                _place_answer(row, s.answer, answer, number)
+        at, view, answer = at + piece.length, view + piece.views, answer + piece.answers
     return row
+
+
+def _place_answer(row: dict[str, np.ndarray], answer: np.ndarray, at: int, number: int) -> None:
+    """Write the decoder's side of sample `number` from answer slot `at` on."""
+    here = slice(at, at + len(answer))
+    row["answer_tokens"][here], row["answer_targets"][here], row["answer_weights"][here] = answer_slots(answer)
+    row["answer_segments"][here] = number
+    row["answer_positions"][here] = np.arange(len(answer))
 
 
 def batch_rows(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -140,16 +178,24 @@ def batch_rows(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows of one epoch in CSR form: row r holds the samples numbered samples[starts[r]:starts[r+1]]."""
+    """Rows of one epoch in CSR form: row r holds the samples numbered samples[starts[r]:starts[r+1]].
+
+    passes [n]: how often each of `samples` was taken before (see data.mixture); None where nobody asks.
+    """
 
     starts: np.ndarray
     samples: np.ndarray
+    passes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.samples[self.starts[row] : self.starts[row + 1]]
+
+    def passes_of(self, row: int) -> np.ndarray:
+        """`passes` of the samples in a row."""
+        return self.passes[self.starts[row] : self.starts[row + 1]]
 
 
 def plan(
@@ -162,23 +208,28 @@ def plan(
     window: int = WINDOW,
     max_samples: int | None = None,
     order: np.ndarray | None = None,
+    answers: np.ndarray | None = None,
+    answer_length: int = 0,
 ) -> Plan:
-    """Which samples share a row in `epoch`: each of `order` once, within both budgets.
+    """Which samples share a row in `epoch`: each of `order` once, within all budgets.
 
-    A row has at most row_length slots, view_budget views and max_samples samples (1: unpacked training).
+    A row has at most row_length slots, view_budget views, max_samples samples (1: unpacked training) and, where `answers` are given,
+    answer_length answer slots.
 
-    lengths, views: [n] slots and image views of every sample. `order` (default: all n, shuffled by seed and
+    lengths, views, answers: [n] slots, image views and answer slots of every sample. `order` (default: all n, shuffled by seed and
     epoch) lets a mixture choose which samples an epoch has.
     """
     order = permutation(len(lengths), seed, epoch) if order is None else np.asarray(order)
-    costs = [np.asarray(c, np.int32)[order] for c in (lengths, views, np.ones(len(lengths)))]
-    limits = [row_length, view_budget, max_samples or max(len(order), 1)]
-    for cost, limit, word in zip(costs, limits, ("slots", "views", "samples")):
+    table = [(lengths, row_length, "slots"), (views, view_budget, "views")]
+    table += [] if max_samples is None else [(np.ones(len(lengths)), max_samples, "samples")]
+    table += [] if answers is None else [(answers, answer_length, "answer slots")]
+    costs, limits = [np.asarray(column, np.int32)[order] for column, _, _ in table], [limit for _, limit, _ in table]
+    for cost, (_, limit, word) in zip(costs, table):
         if (cost > limit).any():
             worst = order[int(cost.argmax())]
             raise ValueError(f"sample {worst} takes {cost.max()} {word}, more than the {limit} of a row")
     bins = first_fit_decreasing(costs, limits, window)
-    shuffled = permutation(bins.max(initial=-1) + 1, seed, epoch, stream=1)
+    shuffled = permutation(bins.max(initial=-1) + 1, seed, epoch, 1)
     numbers = np.empty_like(shuffled)
     numbers[shuffled] = np.arange(len(shuffled))
     rows = numbers[bins]
@@ -187,7 +238,10 @@ def plan(
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
-    """A shuffle of range(n) from raw Philox bits, the same under every numpy version; int64 [n]."""
+    """A shuffle of range(n) from raw Philox bits, the same under every numpy version; int64 [n].
+
+    stream: any whole number >= 0, so that one (seed, epoch) has several.
+    """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch, stream])).random_raw(n)
     return np.argsort(bits, kind="stable")
 

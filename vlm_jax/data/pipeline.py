@@ -1,20 +1,21 @@
 """Records to batches, in an order that depends on data, seed and step alone, whatever the hosts and restarts.
 
-    records -> manifest (lengths, once) -> plan of each epoch -> Rows[row] -> Grain threads -> host's batch
+    sources -> manifest (lengths, once) -> mixture (records of an epoch) -> plan (rows of an epoch)
+            -> Rows[row] -> Grain threads -> host's batch
 
     global row   0 ... of epoch 0 | of epoch 1 | ... | padding rows that fill the last batch
     step s       rows [row0 + s*G, row0 + (s+1)*G); of these host h of H takes its contiguous G/H
 
 Images are decoded only when a row is built, in Grain's reader threads (Pillow releases the GIL). The state of
-the pipeline is one number, the next global row; seed and manifest hash are kept beside it so that changed
-data is refused.
+the pipeline is one number, the next global row; what decides the order is kept beside it (`data.resume`), so that
+changed data is refused.
 """
 
 from __future__ import annotations
 
 import bisect
-import collections
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -27,141 +28,171 @@ import numpy as np
 
 from vlm_jax.config import VLMConfig
 from vlm_jax.data import images, packing
-from vlm_jax.data.manifest import (
-    BAD,
-    DataError,
-    Layout,
-    check_limit,
-    checksum,
-    load_or_measure,
-    name_of,
-    sources_of,
-)
+from vlm_jax.data.draws import Draws
+from vlm_jax.data.epochs import Epochs, Packing
+from vlm_jax.data.image_source import ImageError, ImageSource
+from vlm_jax.data.manifest import BAD, DataError, Manifest, Room, TooLong, checksum, name_of, sources_of
+from vlm_jax.data.measuring import Means, explain, fingerprint, measure_sources
+from vlm_jax.data.options import Source
+from vlm_jax.data.resume import check_state
 from vlm_jax.data.tasks import Sample
 
 log = logging.getLogger(__name__)
 
-PLANS_KEPT = 8  # epochs whose plan stays in memory: readers run ahead over the end of an epoch
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """How samples share rows, in which order and for how long.
-
-    row_length slots and view_budget image views per row, sample_length slots per sample (default: a row),
-    max_samples per row (1: unpacked); epochs passes in an order drawn from seed; up to max_bad broken samples
-    are skipped.
-    """
-
-    row_length: int = 4096
-    view_budget: int = 6
-    sample_length: int | None = None
-    max_samples: int | None = None
-    window: int = packing.WINDOW
-    seed: int = 0
-    epochs: int = 1
-    max_bad: int = 100
+Load = Callable[[ImageSource], tuple[np.ndarray, tuple[int, int]]]  # image -> (views [V, ...], (w, h)), or ImageError
 
 
 class Rows:
     """All rows of a run: `rows[k]` is row k counted over all epochs, a numpy dict (see packing.build_row).
 
-    records: anything with len() and [i]; encode(record) -> Sample(tokens, labels, images). Both may have a
-    `fingerprint` string, then the measured manifest is kept in `cache`.
+    records: anything with len() and [i], or several by name. encode(record) -> Sample; one with a true attribute `random` is
+    measured by that and called again in every epoch as encode(record, Draws). Both may have a `fingerprint` string, then the
+    measured manifests are kept in `cache`. manifests: by source, if they are measured already.
+
+    load: how images are read (default: data.images.load_views); its key, view_shape and dtype, if it has them, say what rows hold
+    per view in place of pixels. settings: what the encoder depends on, for messages about changed data.
     """
 
     def __init__(
         self,
-        records: Sequence[Any],
-        encode: Callable[[Any], Sample],
+        records: Sequence[Any] | Mapping[str, Sequence[Any]],
+        encode: Callable[..., Sample],
         config: VLMConfig,
         how: Packing = Packing(),
         cache: str | Path | None = None,
         threads: int = 4,
         processes: int = 0,
+        *,
+        manifests: Mapping[str, Manifest] | None = None,
+        load: Load | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
-        self.records, self.how, self.preprocess = records, how, images.Preprocess.of(config)
-        limit, vision = min(how.sample_length or how.row_length, how.row_length), config.vision
-        self.layout = Layout(encode, config, limit, how.view_budget)
-        self.shape = packing.RowShape(how.row_length, how.view_budget, vision.image_size, vision.features)
-        self.manifest = load_or_measure(records, self.layout, how.max_bad, cache, threads, processes)
-        self.broken: dict[int, str] = {}  # record index -> sentence, found while decoding
-        self._usable = self.manifest.usable
-        self._plans: collections.OrderedDict[int, packing.Plan] = collections.OrderedDict()
+        sources = records if isinstance(records, Mapping) else {"": records}
+        self.sources = {name: sources[name] for name in sorted(sources)}  # whatever the order in the config
+        self.how, self.layout, self._settings = how, how.layout(encode, config), dict(settings or {})
+        self._random = bool(getattr(encode, "random", False))
+        self.load = load or functools.partial(images.load_views, how=images.Preprocess.of(config))
+        if manifests is None:
+            means = Means(None if cache is None else Path(cache), threads, processes)
+            manifests = measure_sources(self.sources, self.layout, how.limits, means)
+        self.manifests = {name: manifests[name] for name in self.sources}
+        self.epochs = Epochs(self.manifests, how)
+        self.manifest = self.epochs.manifest
+        self.shape = self._shape(config)
+        self._names = list(self.sources)
+        self._ends = np.cumsum([len(part) for part in self.sources.values()]).tolist()  # of the sources
         self._lock = threading.Lock()
-        self._ends: list[int] = []  # global row after the last of each epoch
-        for epoch in range(how.epochs):
-            self._ends.append((self._ends[-1] if epoch else 0) + len(self.plan(epoch)))
+        self.broken: dict[int, str] = {}  # record number -> sentence, found while decoding
+        self.cut_draws = self.empty_draws = 0  # drawn samples that were longer than measured, that supervised nothing
+        self._check_limits(lambda: explain(self.manifest.notes))
+
+    def _shape(self, config: VLMConfig) -> packing.RowShape:
+        vision, held = config.vision, {}
+        if hasattr(self.load, "key"):
+            held = {"key": self.load.key, "view_shape": tuple(self.load.view_shape), "dtype": self.load.dtype}
+        answers = self.how.answer_length if self.epochs.has_answers else 0
+        sizes = self.how.row_length, self.how.view_budget, vision.image_size, vision.features
+        return packing.RowShape(*sizes, answers, **held)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self.epochs)
 
     def plan(self, epoch: int) -> packing.Plan:
-        """The packing plan of `epoch`; its sample numbers index the usable records."""
-        h, m = self.how, self.manifest
-        with self._lock:
-            if epoch not in self._plans:
-                lengths, views = m.lengths[self._usable], m.views[self._usable]
-                limits = h.row_length, h.view_budget, h.seed, epoch, h.window, h.max_samples
-                self._plans[epoch] = packing.plan(lengths, views, *limits)
-                if len(self._plans) > PLANS_KEPT:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(epoch)
-            return self._plans[epoch]
-
-    def rows_per_epoch(self, epoch: int) -> int:
-        """Rows of one epoch (epochs differ a little, because each is shuffled before it is packed)."""
-        return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Global row -> (epoch, row inside it)."""
-        epoch = bisect.bisect_right(self._ends, row)
-        return epoch, row - (self._ends[epoch - 1] if epoch else 0)
+        """The rows of `epoch`; its samples are record numbers, counted through the sources."""
+        return self.epochs.plan(epoch)
 
     def records_of(self, row: int) -> np.ndarray:
-        """Indices of the records that share global row `row`."""
-        epoch, inside = self.locate(row)
-        return self._usable[self.plan(epoch)[inside]]
+        """Numbers of the records that share global row `row`."""
+        return self.epochs.samples_of(row)[0]
+
+    def source_of(self, number: int) -> tuple[str, int]:
+        """(source, number inside it) of a record."""
+        part = bisect.bisect_right(self._ends, number)
+        return self._names[part], number - (self._ends[part - 1] if part else 0)
+
+    def images(self) -> Iterator[ImageSource]:
+        """The images of every usable record, for a cache that is filled before training; repeated ones come again."""
+        for number in self.manifest.usable.tolist():
+            source, inside = self.source_of(number)
+            record = self.sources[source][inside]
+            shown = getattr(record, "images", None)  # of a Record, which need not be encoded to tell
+            for image in self.layout.encode(record).images if shown is None else shown:
+                yield ImageSource.of(image, name_of(record, inside))
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        pieces = [self._piece(int(i)) for i in self.records_of(row)] if row < len(self) else []
-        return packing.build_row(pieces, self.shape)
+        samples = zip(*self.epochs.samples_of(row)) if row < len(self) else ()
+        return packing.build_row([self._piece(int(number), int(turn)) for number, turn in samples], self.shape)
 
-    def _piece(self, index: int) -> packing.Piece:
-        """Encode and decode one record; a broken image leaves padding of the measured size and is counted."""
-        length, views = int(self.manifest.lengths[index]), int(self.manifest.views[index])
-        record = self.records[index]
-        sample, name = self.layout.encode(record), name_of(record, index)
-        if checksum(sample) != self.manifest.checks[index]:
+    def _piece(self, number: int, turn: int) -> packing.Piece:
+        """Encode and decode a record in pass `turn`; a broken image leaves padding of the measured size and is counted."""
+        m, (source, inside) = self.manifest, self.source_of(number)
+        record = self.sources[source][inside]
+        sample, name = self.layout.encode(record), name_of(record, inside)
+        if checksum(sample) != m.checks[number]:
             raise DataError(f"{name} has changed since its length was measured: restart to measure the data again")
+        if self._random:
+            sample = self.layout.encode(record, Draws(self.how.seed, turn, inside))
+        room = Room(int(m.lengths[number]), int(m.views[number]), int(m.answers[number]))
+        empty = packing.Piece(room.slots, room.views, None, None, room.answers)
         try:
-            loaded = [images.load_views(source, self.preprocess) for source in sources_of(sample, name)]
-        except images.ImageError as error:
-            self._count_broken(index, str(error))
-            return packing.Piece(length, views, None, None)
-        slots, count, found = self.layout.place(sample, [size for _, size in loaded], name)
-        if (len(slots), found) != (length, views):
+            loaded = [self.load(image) for image in sources_of(sample, name)]
+        except ImageError as error:
+            self._count_broken(number, str(error))
+            return empty
+        try:
+            slots, count, views = self.layout.place(sample, [size for _, size in loaded], name, room)
+        except TooLong:
+            slots = None
+        if not self._random and (slots is None or (len(slots), views) != (room.slots, room.views)):
             raise DataError(f"an image of {name} has changed its size since it was measured: restart to measure again")
+        if self._random:
+            self._count_draw(slots, number)
+        if slots is None:
+            return empty
         pixels = np.concatenate([v for v, _ in loaded[:count]]) if count else None
-        return packing.Piece(length, views, slots, pixels)
+        return dataclasses.replace(empty, slots=slots, pixels=pixels)
 
-    def _count_broken(self, index: int, sentence: str) -> None:
+    def _count_broken(self, number: int, sentence: str) -> None:
         with self._lock:
-            if index not in self.broken:
+            if number not in self.broken:
                 log.warning("trained as padding: %s", sentence)
-            self.broken[index] = sentence
-            check_limit(self.bad_count, self.how.max_bad, sentence)
+            self.broken[number] = sentence
+            self._check_limits(lambda: f"the last one: {sentence}")
+
+    def _count_draw(self, slots: packing.Slots | None, number: int) -> None:
+        """A drawn sample that supervises nothing, or was cut although the measured one was not."""
+        with self._lock:
+            self.empty_draws += slots is None
+            self.cut_draws += slots is not None and slots.cut > 0 and not self.manifest.cut[number]
+
+    def _check_limits(self, words: Callable[[], str]) -> None:
+        unusable = len(self.manifest.notes) + len(self.broken)
+        self.how.limits.check(self.bad_count, unusable, len(self.manifest), words)
 
     @property
     def bad_count(self) -> int:
-        """Bad samples known so far: those of the manifest and those found while decoding."""
+        """Broken samples known so far: those of the manifest and those found while decoding."""
         return self.manifest.count(BAD) + len(self.broken)
 
+    def counts(self) -> dict[str, int]:
+        """What is not trained on as it stands, for the metrics; of broken images only those that this process met."""
+        return {
+            "samples_without_loss": self.manifest.without_loss + self.empty_draws,
+            "unusable_samples": len(self.manifest.notes) + len(self.broken),
+            "cut_samples": self.manifest.cut_count + self.cut_draws,
+        }
+
     def identity(self) -> dict[str, Any]:
-        """What decides the order of samples: seed, manifest hash and packing limits (JSON)."""
-        h = self.how
-        packed = [h.row_length, h.view_budget, h.max_samples, h.window, self.layout.limit]
-        return {"seed": h.seed, "manifest": self.manifest.digest(), "packing": packed}
+        """What decides the order of samples, as a checkpoint keeps it (JSON; see data.resume)."""
+        mixed = {name: self.how.sources.get(name, Source()) for name in self.sources}
+        return {
+            "seed": self.how.seed,
+            "sources": {name: manifest.summary() for name, manifest in self.manifests.items()},
+            "packing": self.how.identity(self.layout.limit, self.epochs.has_answers),
+            "mixture": {n: {"weight": s.weight, "repeat": s.repeat, "limit": s.limit} for n, s in mixed.items()},
+            "encoder": str(fingerprint(self.layout.encode)) if self._random else "",
+            "settings": self._settings,
+        }
 
 
 class Batches:
@@ -213,32 +244,24 @@ class Batches:
         """What a checkpoint keeps to continue with the batch after the last one returned (JSON)."""
         return {"step": self.step, "row": self._row, **self._identity}
 
+    def counts(self) -> dict[str, int]:
+        """What the data has lost, for the metrics."""
+        return self.rows.counts()
+
     def samples_of(self, step: int) -> list[int]:
-        """Indices of the records in the batch of `step`, over all hosts."""
+        """Numbers of the records in the batch of `step`, over all hosts."""
         first = self._origin + step * self.global_batch
         rows = range(first, min(first + self.global_batch, len(self.rows)))
         return [int(index) for row in rows for index in self.rows.records_of(row)]
 
 
-def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[int, int]:
-    """(step, global row) of a saved state; raises DataError if the data or its order has changed since."""
-    words = {
-        "manifest": "the training data",
-        "seed": "data.seed",
-        "packing": "the row length, view budget or packing",
-    }
-    for key, what in words.items():
-        if state[key] != identity[key]:
-            raise DataError(
-                f"{what} changed since the checkpoint was saved ({key} {state[key]} then, {identity[key]} "
-                "now): restore it, or start a new run from the saved parameters"
-            )
-    return int(state["step"]), int(state["row"])
+def total_steps(rows: Rows, global_batch: int, state: Mapping[str, Any] | None = None) -> int:
+    """Steps that show every row of every epoch once; the last batch is filled up with padding rows.
 
-
-def total_steps(rows: Rows, global_batch: int) -> int:
-    """Steps that show every row of every epoch once; the last batch is filled up with padding rows."""
-    return -(-len(rows) // global_batch)
+    state: of a checkpoint, whose steps may have had another global batch; they count as they were.
+    """
+    done, row = (int(state["step"]), int(state["row"])) if state else (0, 0)
+    return done - (row - len(rows)) // global_batch
 
 
 @dataclasses.dataclass(frozen=True)

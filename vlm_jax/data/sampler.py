@@ -5,7 +5,8 @@
     epoch     [mega of images] [mega of text] ... shuffled, then the left-overs of both;
               inside a mega-batch longest first, dealt to `world` chunks of equal count and about equal length
 
-From haotian-liu/LLaVA v1.2.2 (`llava/train/llava_trainer.py`). Packing makes this order unnecessary; it
+From haotian-liu/LLaVA v1.2.2 (`llava/train/llava_trainer.py`); CLIP-FlanT5 was trained with an earlier revision,
+which treats the left-overs otherwise (`left_over="front"`). Packing makes this order unnecessary; it
 serves runs that are to be reproduced. Random permutations come from outside, so that recorded ones can be
 played back.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from vlm_jax.config import one_of
 from vlm_jax.data.records import Record
 
 IMAGE_WORDS = 128  # what the original counts for an image in `lengths`
@@ -33,12 +35,17 @@ def length(record: Record) -> int:
     return abs(modality_length(record)) + (IMAGE_WORDS if record.images else 0)
 
 
-def group_by_modality_length(lengths: Sequence[int], batch: int, world: int, permute: Permute) -> list[int]:
+def group_by_modality_length(
+    lengths: Sequence[int], batch: int, world: int, permute: Permute, left_over: str = "sorted"
+) -> list[int]:
     """Every index of `lengths` (signed, see the module) once, in training order; `permute(n)` draws a
     permutation of n.
 
-    Drawn in this order: images, text, mega-batches; one draw if all samples are of one kind.
+    Drawn in this order: images, text, mega-batches; one draw if all samples are of one kind. left_over: "sorted"
+    puts the left-overs of both kinds last, by number; "front" puts as many as fill a mega-batch first and the
+    rest last, as they come.
     """
+    one_of("left_over", left_over, ("sorted", "front"))
     if 0 in lengths:
         raise ValueError(
             f"record {list(lengths).index(0)} has no words, its length cannot tell text from images: drop it"
@@ -51,8 +58,10 @@ def group_by_modality_length(lengths: Sequence[int], batch: int, world: int, per
         order = group_by_length([lengths[i] * sign for i in chosen], batch, world, permute)
         kinds.append(_cut([chosen[i] for i in order], world * batch))
     full = [mega for kind in kinds for mega in kind[:-1]]
-    left_over = sorted(kinds[0][-1] + kinds[1][-1])
-    return [i for k in permute(len(full)) for i in full[k]] + left_over
+    rest = kinds[0][-1] + kinds[1][-1]
+    first = world * batch if left_over == "front" and len(rest) >= world * batch else 0
+    order = rest[:first] + [i for k in permute(len(full)) for i in full[k]]
+    return order + (sorted(rest) if left_over == "sorted" else rest[first:])
 
 
 def group_by_length(lengths: Sequence[int], batch: int, world: int, permute: Permute) -> list[int]:

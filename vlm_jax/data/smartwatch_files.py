@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vlm_jax.config import UserError, one_of
-from vlm_jax.data.smartwatch import Watch, render, sample_watch
+from vlm_jax.data.smartwatch import MATERIALS, WHITE, Watch, render, sample_watch
 from vlm_jax.data.smartwatch_text import STYLES, published_records, rounds_records
 
 CHUNK = 64  # pictures handed to a process at a time
@@ -29,7 +29,8 @@ FEW = 256  # below this starting processes takes longer than drawing
 @dataclasses.dataclass(frozen=True)
 class WatchSet:
     """What to draw. style: "published" (three records per image, tasks generation, vqa, caption) or "rounds" (one record that asks
-    all five attributes, each in one of the first `wordings` published wordings)."""
+    all five attributes, each in one of the first `wordings` published wordings). hands: colours (red, green, blue) of the hour,
+    minute and second hand, or one for all."""
 
     count: int
     seed: int = 0
@@ -37,9 +38,13 @@ class WatchSet:
     wordings: int = 10
     material: str = "pure"
     material_alpha: int = 255
+    hands: tuple[tuple[int, int, int], ...] = (WHITE,)
 
     def __post_init__(self):
         one_of("style", self.style, STYLES)
+        one_of("material", self.material, MATERIALS)
+        if len(self.hands) not in (1, 3) or any(len(c) != 3 or not all(0 <= x <= 255 for x in c) for c in self.hands):
+            raise UserError(f"hands={self.hands} must be one colour (red, green, blue) in 0..255, or three of them")
         if self.count < 1:
             raise UserError(f"count={self.count} smart-watches cannot be drawn: ask for at least 1")
 
@@ -47,9 +52,11 @@ class WatchSet:
 def draw_all(settings: WatchSet) -> tuple[list[Watch], list[dict[str, Any]]]:
     """(watches, records) of a set, from one random stream as in the published generator: watch, its texts, next watch."""
     rng, watches, records = random.Random(settings.seed), [], []
+    hour, minute, second = settings.hands * (3 // len(settings.hands))
+    colours = {"hour_color": hour, "minute_color": minute, "second_color": second}
     for i in range(settings.count):
         watch = dataclasses.replace(
-            sample_watch(rng), material=settings.material, material_alpha=settings.material_alpha
+            sample_watch(rng), material=settings.material, material_alpha=settings.material_alpha, **colours
         )
         watches.append(watch)
         if settings.style == "published":
@@ -81,10 +88,10 @@ def generate(folder: str | Path, settings: WatchSet, *, processes: int | None = 
 
 def _claim(folder: Path, settings: WatchSet) -> None:
     """Write settings.json, or check that the folder was made with the same ones."""
-    file, wanted = folder / "settings.json", dataclasses.asdict(settings)
+    file, wanted = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
     if file.exists():
         found = json.loads(file.read_text())
-        if found != wanted:
+        if {"hands": [list(WHITE)], **found} != wanted:  # sets drawn before hands had colours have white ones
             raise UserError(
                 f"{folder} holds smart-watches drawn with {found}, not {wanted}: name another folder or delete it"
             )

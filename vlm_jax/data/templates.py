@@ -6,9 +6,10 @@
     MPT      {system}<|im_end|>{role}{text}<|im_end|>...              ChatML
     PLAIN    {text}\\n                                                 caption pre-training, no roles at all
 
-A dialogue renders to pieces; a piece knows whether it is answer: what a model has to say after an open prompt
-(the text, the space before it and the terminator behind it). Wordings and quirks are those of
-haotian-liu/LLaVA v1.2.2 (`llava/conversation.py`).
+`v1_sq` is a TWO with a third role, the VUSER that asks (data.self_questioning). A dialogue renders to pieces; a
+piece knows whether it is answer: what a model has to say after an open prompt (the text, the space before it and
+the terminator behind it). Wordings and quirks are those of haotian-liu/LLaVA v1.2.2 (`llava/conversation.py`), of
+SALT-NLP/LLaVAR (names that begin with llavar_) and of heliossun/SQ-LLaVA (v1_sq, plain_qav).
 """
 
 from __future__ import annotations
@@ -42,17 +43,20 @@ class Template:
     shown to users.
 
     `version` is what training dispatches on (v1*, mpt, anything else: v0); sep2 closes the assistant's turns
-    where it differs.
+    where it differs. roles: user, assistant and, where there is one, the role of questions that the model asks.
+    origin: whose original masks belong to it. Where that is "llavar", an image is a special token inside the
+    text and stays where it is; else the text is cut at images.
     """
 
     system: str
-    roles: tuple[str, str]
+    roles: tuple[str, ...]
     style: str
     sep: str
     sep2: str | None = None
     version: str = "Unknown"
     messages: tuple[tuple[str, str], ...] = ()
     offset: int = 0
+    origin: str = "llava"
 
 
 _CHAT = (
@@ -66,10 +70,11 @@ _MMTAG = (
     "using natural language.The visual content will be provided with the following format: <Image>visual "
     "content</Image>."
 )
-_LLAVA = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that "
-    "the user provides, and assist the user with a variety of tasks using natural language."
+_ABLE = (
+    "You are able to understand the visual content that the user provides, and assist the user with a variety of "
+    "tasks using natural language."
 )
+_LLAVA = f"You are a helpful language and vision assistant. {_ABLE}"
 _LLAMA_2 = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
     "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
@@ -78,6 +83,15 @@ _LLAMA_2 = (
     "instead of answering something not correct. If you don't know the answer to a question, please don't "
     "share false information."
 )
+_CURIOUS = (
+    _USER + "Also, the artificial intelligence assistant is a curious virtual user. The virtual user asks complex "
+    "questions that are relevant to the content in the image, for example, asking about background knowledge of "
+    "the objects in the image, asking to discuss about events happening in the image, etc. Again, do not ask "
+    "about uncertain details."
+)
+_WAIV = "You are LLaVA, a large language {0} trained by UW Madison WAIV Lab."
+_SIGHTED = _WAIV.format("and vision assistant")
+_LLAVAR = f"{_SIGHTED}{_ABLE}Follow the instructions carefully and explain your answers in detail."
 _EXAMPLE = (
     ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
     (
@@ -106,7 +120,17 @@ _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 _V0 = Template(_HUMAN, _OLD, "SINGLE", "###", messages=_EXAMPLE, offset=2)
 _V1 = Template(_USER, _NEW, "TWO", " ", "</s>", "v1")
 _PLAIN = Template("", ("", ""), "PLAIN", "\n")
-_CHATML_DIRECT = Template("<|im_start|>system\nAnswer the questions.", _CHATML, "MPT", "<|im_end|>", version="mpt")
+
+
+def _mpt_template(system: str) -> Template:
+    return Template(f"<|im_start|>system\n{system}", _CHATML, "MPT", "<|im_end|>", version="mpt")
+
+
+def _greeting(system: str, hello: str, answer: str) -> Template:
+    return Template(system, _OLD, "SINGLE", "###", messages=(("Human", hello), ("Assistant", answer)), offset=2)
+
+
+_CHATML_DIRECT = _mpt_template("Answer the questions.")
 
 TEMPLATES: dict[str, Template] = {
     "default": _V0,
@@ -124,16 +148,43 @@ TEMPLATES: dict[str, Template] = {
     "llava_v1": Template(_HUMAN, _NEW, "TWO", " ", "</s>", "v1"),
     "v1_mmtag": Template(_MMTAG, _NEW, "TWO", " ", "</s>", "v1_mmtag"),
     "llava_llama_2": Template(_LLAVA, _NEW, "LLAMA_2", "<s>", "</s>", "llama_v2"),
-    "mpt": Template(
-        "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant "
-        "gives helpful and honest answers.",
-        _CHATML,
-        "MPT",
-        "<|im_end|>",
-        version="mpt",
+    "mpt": _mpt_template(
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+    ),
+    "v1_sq": Template(_CURIOUS, (*_NEW, "VUSER"), "TWO", " ", "</s>", "v1_sq", origin="sq_llava"),
+    "t5_v1": Template(_USER, _NEW, "TWO", " ", " ", "t5_v1", origin="clip_flant5"),
+    "t5_plain": dataclasses.replace(_PLAIN, origin="clip_flant5"),
+    "t5_plain_split_text": dataclasses.replace(_PLAIN, origin="clip_flant5"),
+    "plain_qav": Template("", ("", ""), "PLAIN", "\n", version="plain_qav", origin="sq_llava"),
+}
+_HI = "Hi there!  How can I help you today?\n"
+_RULES = "- You should follow the instructions carefully and explain your answers in detail."
+_OF_LLAVAR = {
+    "default": _V0,
+    "v1": _V0,
+    "simple": _greeting(_HUMAN, "Hi!", "Hi there! How can I help you today?"),
+    "simple_legacy": _greeting(
+        _WAIV.format("model") + "You are designed to assist human with a variety of tasks using natural language."
+        "Follow the instructions carefully.",
+        "Hi!\n\n### Response:",
+        _HI,
+    ),
+    "multimodal": _greeting(_LLAVAR, "Hi!", _HI),
+    "llava_v1": Template(_LLAVAR, _NEW, "TWO", " ", "</s>", "v1"),
+    "bair_v1": Template("BEGINNING OF CONVERSATION:", ("USER", "GPT"), "TWO", " ", "</s>"),
+    "vicuna_v1_1": _V1,
+    "mpt": _mpt_template(f"- You are a helpful language and vision assistant.\n- {_ABLE}\n{_RULES}"),
+    "mpt_multimodal": _mpt_template(f"- {_SIGHTED}\n- {_ABLE}\n{_RULES}"),
+    "mpt_text": _mpt_template(
+        "- You are a helpful assistant chatbot trained by MosaicML.\n- You answer questions.\n- You are excited to "
+        "be able to help the user, but will refuse to do anything that could be considered harmful to the user.\n- "
+        "You are more than just an information source, you are also able to write poetry, short stories, and make "
+        "jokes."
     ),
 }
+TEMPLATES |= {f"llavar_{name}": dataclasses.replace(t, origin="llavar") for name, t in _OF_LLAVAR.items()}
 _OF_MODEL_NAME = (
+    ("llavar", "llavar_llava_v1"),
     ("llama-2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
     ("v1.6-34b", "chatml_direct"),
@@ -149,13 +200,8 @@ def template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def training_template(version: str) -> Template:
-    """What LLaVA's `--version` puts in force: Vicuna v1 for "v0", "v0.5" and any name it does not know."""
-    return _V1 if version in ("v0", "v0.5") else TEMPLATES.get(version, _V1)
-
-
 def template_of_model(model: str) -> str:
-    """Template name for a model name or path by its substrings, else llava_v0 (LLaVA's run_llava).
+    """Template name for a model name or path by its substrings, else llava_v0 (LLaVA's run_llava, and LLaVAR).
 
     >>> template_of_model("liuhaotian/llava-v1.5-7b")
     'llava_v1'
@@ -165,17 +211,18 @@ def template_of_model(model: str) -> str:
     return next((chosen for part, chosen in _OF_MODEL_NAME if part in name.lower()), "llava_v0")
 
 
-def with_images(text: str, images: int, start_end: bool = False) -> str:
+def with_images(text: str, images: int, start_end: bool = False, behind: bool = False) -> str:
     """A question with its image tokens: one `<image>` line per image in front, unless the text places them.
 
-    `<image-placeholder>` in the text becomes `<image>`; start_end puts `<im_start>`, `<im_end>` around it.
+    `<image-placeholder>` in the text becomes `<image>`; start_end puts `<im_start>`, `<im_end>` around it;
+    behind puts the lines behind the question, as LLaVAR does.
     """
     token = f"<im_start>{IMAGE_TEXT}<im_end>" if start_end else IMAGE_TEXT
     if PLACEHOLDER_TEXT in text:
         return text.replace(PLACEHOLDER_TEXT, token)
     if IMAGE_TEXT in text:
         return text.replace(IMAGE_TEXT, token)
-    return (token + "\n") * images + text
+    return text + ("\n" + token) * images if behind else (token + "\n") * images + text
 
 
 def messages_of(template: Template, texts: Iterable[Message]) -> list[tuple[str, Message]]:
@@ -203,10 +250,10 @@ def pieces(template: Template, messages: Sequence[tuple[str, Message]]) -> list[
 
 def _image_first(template: Template, messages: Sequence[tuple[str, Message]]) -> list[tuple[str, Message]]:
     """A first message that comes as (text, image, mode) gets its image token in front, or as an exchange of
-    its own (mmtag).
+    its own (mmtag); LLaVAR takes its text as it is.
     """
     messages = list(messages)
-    if not messages or not isinstance(messages[0][1], tuple):
+    if not messages or not isinstance(messages[0][1], tuple) or template.origin == "llavar":
         return messages
     role, (text, *_) = messages[0]
     text = text.replace(IMAGE_TEXT, "").strip()

@@ -4,7 +4,8 @@
 
 A model is SentencePiece or a `tokenizer.json` (`data.tokenizer_models`). Each string between two images is
 tokenised afresh, as LLaVA does (`tokenizer_image_token`); HF's processor keeps `<image>` inside one string,
-which is what `encode` does when `<image>` is an added token. A span is (start, end) in characters of the
+which is what `encode` does when `<image>` is an added token. Where no token opens a text (T5), EOS closes
+every string, before images too, as CLIP-FlanT5 was trained. A span is (start, end) in characters of the
 whole text; tokens that stand for no text (BOS, EOS) have NOWHERE.
 """
 
@@ -21,8 +22,8 @@ from vlm_jax.data.templates import IMAGE_TEXT
 from vlm_jax.data.tokenizer_models import AddedToken, SentencePieceModel, Span, TokenizersModel
 
 NOWHERE = (-1, -1)
-FILES = ("tokenizer.json", "tokenizer.model")  # the first that a directory holds is read
-_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # the first that a directory holds is read
+SENTINELS = 100  # of a model without BOS: what T5 marks the gaps of a text with, `<extra_id_0>` being the last id
 _PADDING_ROWS = 1024  # how many more rows than tokens an embedding may have (they are padded to round sizes)
 
 
@@ -34,8 +35,8 @@ class Tokenizer:
     """A model and its special ids bos_id, eos_id, unk_id, pad_id (None without; pad falls back on unk, then
     eos).
 
-    prefix, suffix: ids put around a whole text, for Llama (BOS,) and (). names: texts of the special tokens.
-    source: where it was read from. settings: the rest of tokenizer_config.json, kept for `save`.
+    prefix, suffix: ids put around a whole text, for Llama (BOS,) and (), for T5 () and (EOS,). names: texts of
+    the special tokens. source: where it was read from. settings: the rest of tokenizer_config.json, kept for `save`.
     """
 
     def __init__(
@@ -63,6 +64,11 @@ class Tokenizer:
     def legacy(self) -> bool | None:
         """Do chunks behind a special token begin with an invisible space? None where no chunk ever does."""
         return self.model.legacy
+
+    @property
+    def closes_strings(self) -> bool:
+        """Is every string between images closed by `suffix`, not only the last? So it is where nothing opens a text."""
+        return not self.prefix
 
     @property
     def fingerprint(self) -> str:
@@ -95,7 +101,8 @@ class Tokenizer:
         """Ids [n] and spans [n] in characters of `text`; `images`: `<image>` becomes IMAGE or stays text."""
         ids = list(self.prefix) if special else []
         spans, cursor = [NOWHERE] * len(ids), 0
-        for k, string in enumerate(text.split(IMAGE_TEXT) if images else [text]):
+        suffix, strings = self.suffix if special else (), text.split(IMAGE_TEXT) if images else [text]
+        for k, string in enumerate(strings):
             if k:
                 ids.append(IMAGE)
                 spans.append((cursor, cursor + len(IMAGE_TEXT)))
@@ -104,8 +111,10 @@ class Tokenizer:
             ids += more
             spans += [(cursor + a, cursor + b) for a, b in where]
             cursor += len(string)
-        suffix = self.suffix if special else ()
-        return ids + list(suffix), spans + [NOWHERE] * len(suffix)
+            if self.closes_strings or k == len(strings) - 1:
+                ids += suffix
+                spans += [NOWHERE] * len(suffix)
+        return ids, spans
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids. A leading prefix is no text; IMAGE reads `<image>` unless skipped; ids that no token
@@ -144,15 +153,14 @@ class Tokenizer:
         yield self._text(seen[start:])[len(self._text(seen[start:done])) :]
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json or tokenizer.model, and tokenizer_config.json, as HF and `load_tokenizer` read
-        them.
-        """
+        """Write the model's file and tokenizer_config.json, as HF and `load_tokenizer` read them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / self.model.file).write_bytes(self.model.content)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
         if isinstance(self.model, SentencePieceModel):
-            settings = {"tokenizer_class": "LlamaTokenizer", **self.settings, "legacy": self.legacy}
+            family = "LlamaTokenizer" if self.model.has_bos else "T5Tokenizer"
+            settings = {"tokenizer_class": family, **self.settings, "legacy": self.legacy}
             settings |= {"add_bos_token": bool(self.prefix), "add_eos_token": bool(self.suffix)}
         settings |= {f"{kind}_token": name for kind, name in self.names.items()}
         settings["added_tokens_decoder"] = {str(token.id): token.settings for token in self.model.added}
@@ -164,39 +172,43 @@ def load_tokenizer(
     path: str | Path,
     *,
     legacy: bool | None = None,
+    sentinels: int | None = None,
     added: Sequence[AddedToken] = (),
     bos: str | None = None,
     eos: str | None = None,
     unk: str | None = None,
     pad: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer of a model directory (tokenizer.json if it holds one, else tokenizer.model) or of one
-    such file.
+    """The tokenizer of a model directory (the first of FILES that it holds) or of one such file.
 
-    Special tokens, `legacy` and the BOS and EOS habits come from tokenizer_config.json,
-    special_tokens_map.json and added_tokens.json where they are, else they are Llama's; an argument that is
-    given (the token's text) goes before them.
+    Special tokens, `legacy`, the BOS and EOS habits and the number of `sentinels` (extra_ids) come from
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json where they are, else they are Llama's,
+    or T5's for a SentencePiece model without BOS; an argument that is given (the token's text) goes before them.
     """
     path = Path(path)
     files = [path / name for name in FILES] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise TokenizerError(
-            f"{path} holds no tokenizer.json and no tokenizer.model: copy the tokenizer of the model there"
-        )
+        raise TokenizerError(f"{path} holds none of {', '.join(FILES)}: copy the tokenizer of the model there")
     settings = _settings(path) if path.is_dir() else {}
-    given = {"bos": bos, "eos": eos, "unk": unk, "pad": pad}
-    names = {kind: given[kind] or _content(settings.get(f"{kind}_token", usual)) for kind, usual in _NAMES.items()}
     if file.suffix == ".json":
         model = _parsed(file, lambda: TokenizersModel(file.read_text(encoding="utf-8")))
         model = model.with_tokens(added) if added else model
+    else:
+        legacy = settings.get("legacy") if legacy is None else legacy
+        tokens = [*_added_tokens(path, settings), *added]
+        model = _parsed(file, lambda: SentencePieceModel(file.read_bytes(), tokens, legacy is not False))
+        if not model.has_bos:
+            count = settings.get("extra_ids", SENTINELS) if sentinels is None else sentinels
+            model, settings = _with_sentinels(model, count), {**settings, "extra_ids": count}
+    given = {"bos": bos, "eos": eos, "unk": unk, "pad": pad}
+    usual = _usual_names(model)
+    names = {kind: given[kind] or _content(settings.get(f"{kind}_token", usual[kind])) for kind in usual}
+    if file.suffix == ".json":
         return Tokenizer(model, names, model.prefix, model.suffix, path, settings)
-    tokens = [*_added_tokens(path, settings), *added]
-    legacy = settings.get("legacy") if legacy is None else legacy
-    model = _parsed(file, lambda: SentencePieceModel(file.read_bytes(), tokens, legacy is not False))
     bos_id, eos_id = (model.id_of(names[kind]) if names[kind] else None for kind in ("bos", "eos"))
     prefix = [bos_id] if bos_id is not None and settings.get("add_bos_token", True) else []
-    suffix = [eos_id] if eos_id is not None and settings.get("add_eos_token", False) else []
+    suffix = [eos_id] if eos_id is not None and settings.get("add_eos_token", not model.has_bos) else []
     return Tokenizer(model, names, prefix, suffix, path, settings)
 
 
@@ -232,6 +244,18 @@ def _settings(directory: Path) -> dict:
             document = _object(directory / name)
             merged.update({key: value for key, value in document.items() if value is not None})
     return merged
+
+
+def _usual_names(model: SentencePieceModel | TokenizersModel) -> dict[str, str | None]:
+    """Special tokens of a model that comes without settings; a model with BOS pads with something else."""
+    names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>" if model.id_of("<s>") is None else None}
+    return {kind: name if name and model.id_of(name) is not None else None for kind, name in names.items()}
+
+
+def _with_sentinels(model: SentencePieceModel, count: int) -> SentencePieceModel:
+    """The model with `<extra_id_0>` ... behind its pieces, numbered from the end, unless it knows them already."""
+    tokens = [AddedToken(f"<extra_id_{k}>", model.pieces + count - 1 - k) for k in range(count)]
+    return model.with_tokens([token for token in tokens if model.id_of(token.text) is None])
 
 
 def _content(token: str | dict | None) -> str | None:

@@ -1,6 +1,6 @@
 """The two kinds of tokenizer model behind `data.tokenizer`: text -> ids and what they stand for.
 
-    SentencePieceModel   tokenizer.model; we cut the special tokens out of the text and encode what is between
+    SentencePieceModel   tokenizer.model, spiece.model; we cut the special tokens out of the text and encode what is between
     TokenizersModel      tokenizer.json through the `tokenizers` library
 
 The span of an id is (start, end) in characters of the text; bytes of one character share it, that of the
@@ -41,10 +41,9 @@ class SentencePieceModel:
     """A SentencePiece model with its special tokens split out of the text, nothing stripped around them.
 
     legacy: every chunk begins with the invisible space (Vicuna <= 1.3); not legacy: only a chunk at the very
-    start of the text does (Vicuna 1.5). As transformers 4.37's slow LlamaTokenizer.
+    start of the text does (Vicuna 1.5). As transformers 4.37's slow LlamaTokenizer. The control pieces of the
+    model (BOS, EOS, unknown, padding, as far as it has them) are special tokens.
     """
-
-    file = "tokenizer.model"
 
     def __init__(self, model: bytes, added: Iterable[AddedToken] = (), legacy: bool = True):
         import sentencepiece  # here, because --help must not wait for it
@@ -55,7 +54,7 @@ class SentencePieceModel:
         if not legacy:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         self.pieces = self._first.get_piece_size()
-        controls = (self._first.bos_id(), self._first.eos_id(), self._first.unk_id())
+        controls = (self._first.bos_id(), self._first.eos_id(), self._first.unk_id(), self._first.pad_id())
         controls = [AddedToken(self._first.id_to_piece(i), i) for i in controls if i >= 0]
         known = {token.text: token for token in (*controls, *added)}
         self.added = tuple(sorted(known.values(), key=lambda token: token.id))
@@ -63,6 +62,16 @@ class SentencePieceModel:
         self._by_id = {token.id: token for token in self.added}
         longest_first = sorted(self.added, key=lambda token: -len(token.text))
         self._cut = re.compile("|".join(map(_pattern, longest_first)) or "(?!)")
+
+    @property
+    def has_bos(self) -> bool:
+        """Can a text be opened by a piece of the model? Llama's can, T5's cannot."""
+        return self._first.bos_id() >= 0
+
+    @property
+    def file(self) -> str:
+        """Where transformers looks for such a model."""
+        return "tokenizer.model" if self.has_bos else "spiece.model"
 
     @property
     def content(self) -> bytes:
@@ -90,7 +99,7 @@ class SentencePieceModel:
         ids, spans, cursor = [], [], 0
         for found in self._cut.finditer(text):
             self._chunk(text, cursor, found.start(), ids, spans)
-            ids.append(self._by_text[found[found.lastindex]].id)
+            ids.append(self._by_text[found[found.lastindex or 0]].id)
             spans.append(found.span())
             cursor = found.end()
         self._chunk(text, cursor, len(text), ids, spans)
@@ -195,5 +204,8 @@ class TokenizersModel:
 
 
 def _pattern(token: AddedToken) -> str:
+    """No group where the match is the token: a hundred groups make the search twenty times slower."""
+    if not (token.lstrip or token.rstrip):
+        return re.escape(token.text)
     space = r"\s*"
     return f"{space if token.lstrip else ''}({re.escape(token.text)}){space if token.rstrip else ''}"

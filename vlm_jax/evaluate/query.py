@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from vlm_jax.data.images import ImageSource
+from vlm_jax.data.image_source import ImageSource
 from vlm_jax.generate.decode import Decoding, Generator
 from vlm_jax.generate.load import Loaded
 

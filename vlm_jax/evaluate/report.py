@@ -117,7 +117,8 @@ def write_page(
 def _facts(summary: Mapping[str, Any]) -> str:
     return html.escape(
         f"{summary['parameters']:,} parameters, {summary['steps']:,} steps, {summary['training_seconds']:.0f} s of training at "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['seconds']:.0f} s in total."
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['data_stall']:.1%} of it waiting for data, "
+        f"{summary['seconds']:.0f} s in total."
     )
 
 

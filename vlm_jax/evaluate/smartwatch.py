@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import UserError, one_of
-from vlm_jax.data.images import ImageSource
+from vlm_jax.data.image_source import ImageSource
 from vlm_jax.data.smartwatch_text import IMAGE
 from vlm_jax.evaluate import watch
 from vlm_jax.evaluate.query import Query

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
 import os
 import sys
@@ -63,6 +64,24 @@ def say(message: str) -> None:
     """Print to stderr, once for all processes."""
     if is_first():
         print(message, file=sys.stderr, flush=True)
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process has come here; `what` names the place."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils  # here, because it starts the backend
+
+        multihost_utils.sync_global_devices(what)
+
+
+def agree(value: str) -> bool:
+    """Whether every process has come here with the same text."""
+    if jax.process_count() == 1:
+        return True
+    from jax.experimental import multihost_utils  # here, because it starts the backend
+
+    mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
+    return bool((multihost_utils.process_allgather(mine) == mine).all())
 
 
 def data_shard(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:

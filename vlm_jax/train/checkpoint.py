@@ -12,6 +12,7 @@ at any moment, or a full disk, costs at most what was trained since the last che
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,15 @@ Leaves = dict[str, list]
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or does not fit; the message names the folder and what to do."""
+
+
+def saved_data_state(folder: str | Path) -> dict[str, Any] | None:
+    """The data state of the newest complete checkpoint, None if there is none: read before the data is opened."""
+    steps = [path for path in Path(folder).glob("*/_CHECKPOINT_METADATA") if path.parent.name.isdigit()]
+    if not steps:
+        return None
+    newest = max(steps, key=lambda path: int(path.parent.name)).parent
+    return json.loads((newest / "meta" / "metadata").read_text())["data"]
 
 
 def leaves_of(params: Mapping[str, Any]) -> Leaves:

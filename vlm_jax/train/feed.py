@@ -16,7 +16,8 @@ from vlm_jax.train.step import batch_shardings, split_micro_batches
 
 # (first step wanted, data state of the checkpoint or None) -> iterator of (step, row batch of this process);
 # it may also have
-# state() -> dict (JSON: where it stands) and samples_of(step) -> list (what a batch is made of, for messages)
+# state() -> dict (JSON: where it stands), samples_of(step) -> list (what a batch is made of, for messages) and
+# counts() -> dict of numbers (what is not trained on as it stands, for the metrics)
 OpenBatches = Callable[[int, dict[str, Any] | None], Iterator[tuple[int, dict[str, np.ndarray]]]]
 
 
@@ -73,6 +74,11 @@ class Feed:
         """What the batch of `step` was made of, if the data can tell."""
         tell = getattr(self._batches, "samples_of", None)
         return None if tell is None else list(tell(step))
+
+    def counts(self) -> dict[str, int]:
+        """What the data says about samples that are not trained on."""
+        count = getattr(self._batches, "counts", None)
+        return {} if count is None else dict(count())
 
     def _place(self, step: int, local: dict[str, np.ndarray]) -> Fed:
         state = self._batches.state() if hasattr(self._batches, "state") else None
