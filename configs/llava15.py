@@ -4,17 +4,17 @@
         --config.init.llm=DIR/vicuna-7b-v1.5 --config.init.vision=DIR/clip-vit-large-patch14-336 \\
         --config.data.path="('blip_laion_cc_sbu_558k.json',)" --config.data.image_folder=DIR/images
 
-Words: 7b | 13b; stage1 | stage2; unpacked (one sample per row, as published); compat (their loss average, schedule and masks); smoke
-(seconds on a CPU, generated data, random weights).
+Words: 7b | 13b; stage1 | stage2; full | lora | qlora (stage 2 by adapters, on a frozen base of bfloat16 or of 4 bits); unpacked (one
+sample per row, as published); compat (their loss average, schedule and masks); smoke (seconds on a CPU, generated data, random weights).
 """
 
 import dataclasses
 
-from vlm_jax.config import LLMConfig, VLMConfig
+from vlm_jax.config import ConfigError, LLMConfig, LoRAConfig, QuantConfig, VLMConfig
 from vlm_jax.data.options import DataConfig
 from vlm_jax.recipe import Recipe, config_dict
 from vlm_jax.smoke import shrink
-from vlm_jax.train.options import STAGE1, STAGE2, Compat, TrainConfig
+from vlm_jax.train.options import LORA, STAGE1, STAGE2, Compat, TrainConfig
 from vlm_jax.words import read_words
 
 SIZES = {
@@ -63,11 +63,28 @@ def stage2() -> tuple[DataConfig, TrainConfig]:
     return data, train
 
 
+def adapted(train: TrainConfig) -> TrainConfig:
+    """scripts/v1_5/finetune_lora.sh: adapters on every linear of the LLM's blocks, and the whole projector."""
+    return dataclasses.replace(
+        train,
+        trainable=LORA,
+        lr=2e-4,  # --learning_rate 2e-4
+        group_lrs=((r"^projector/", 2e-5),),  # --mm_projector_lr 2e-5
+    )
+
+
 def get_config(words: str = ""):
     """The recipe named by comma-separated words (default: 7b,stage2)."""
-    chosen = read_words(words, size=tuple(SIZES), stage=("stage2", "stage1"), flags=("unpacked", "compat", "smoke"))
-    first = chosen["stage"] == "stage1"
+    choices = {"size": tuple(SIZES), "stage": ("stage2", "stage1"), "tuning": ("full", "lora", "qlora")}
+    chosen = read_words(words, flags=("unpacked", "compat", "smoke"), **choices)
+    first, adapters = chosen["stage"] == "stage1", chosen["tuning"] != "full"
     data, train = (stage1 if first else stage2)()
+    if first and adapters:
+        raise ConfigError(
+            f"config words 'stage1' and {chosen['tuning']!r} exclude each other: stage 1 trains the projector alone"
+        )
+    if adapters:
+        train = adapted(train)
     if "unpacked" in chosen:
         data = dataclasses.replace(data, row_length=2048, views_per_row=1, max_samples=1)
         train = dataclasses.replace(train, global_batch=256 if first else 128)
@@ -81,9 +98,16 @@ def get_config(words: str = ""):
         )
     recipe = Recipe(
         # --image_aspect_ratio: stage 1 leaves the default (square), stage 2 says pad
-        model=VLMConfig(llm=SIZES[chosen["size"]], aspect="square" if first else "pad"),
+        model=VLMConfig(
+            llm=SIZES[chosen["size"]],
+            aspect="square" if first else "pad",
+            lora=(LoRAConfig(("^llm/blocks/",), rank=128, alpha=256.0, dropout=0.05),) if adapters else (),
+            quant=QuantConfig()
+            if chosen["tuning"] == "qlora"
+            else None,  # --bits 4 --quant_type nf4 --double_quant True
+        ),
         data=data,
         train=train,
-        output=f"runs/llava15_{chosen['size']}_{chosen['stage']}",
+        output=f"runs/llava15_{chosen['size']}_{chosen['stage']}" + (f"_{chosen['tuning']}" if adapters else ""),
     )
     return config_dict(shrink(recipe) if "smoke" in chosen else recipe)

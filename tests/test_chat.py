@@ -9,7 +9,7 @@ from PIL import Image
 from tests import tiny_model
 from vlm_jax.__main__ import main
 from vlm_jax.config import IMAGE
-from vlm_jax.data.images import ImageSource
+from vlm_jax.data.image_source import ImageSource
 from vlm_jax.generate.chat import Conversation, talk
 from vlm_jax.generate.decode import Decoding
 from vlm_jax.generate.load import load_model

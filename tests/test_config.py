@@ -184,7 +184,7 @@ def test_help_needs_no_heavy_library():
         (("fly",), "'fly' is no command: use one of train"),
         (("train",), "train needs --config"),
         (("generate",), "generate needs --model"),
-        (("train", "--config", "nowhere.py"), "config file nowhere.py does not exist: there are llava15.py"),
+        (("train", "--config", "nowhere.py"), "config file nowhere.py does not exist: there are clip_flant5.py"),
         (("train", "--config", "configs/llava15.py:7b,stage9"), "config word 'stage9' is unknown"),
         (
             ("train", "--config=configs/llava15.py:7b", "--config.train.learning_rate=1"),

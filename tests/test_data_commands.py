@@ -324,7 +324,7 @@ def test_encoder_and_decoder_have_a_text_each(folder):
     t5_directory(folder / "t5")
     shown = page(folder, "--n=6", "--config.data.template=t5_plain", f"--config.data.tokenizer={folder / 't5'}")
     assert shown.text.count("encoder reads") == shown.text.count("decoder says") == len(shown.samples) == 6
-    assert "decoder: " in shown.text and "in a row of 1,024 slots" in shown.text
+    assert "decoder: " in shown.text and "in a row of 384 slots" in shown.text
     for tokens in shown.samples:
         assert said(tokens, "supervised").removesuffix("</s>") in ANSWERS and "image 1" in said(tokens, "image")
 

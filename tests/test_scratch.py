@@ -19,7 +19,7 @@ def test_deviations_are_those_promised():
     params = vlm.init(MODEL, 0)
     assert set(params) == set(vlm.shapes(MODEL))
     for path, x in params.items():
-        std = standard_deviation(path, x.shape)
+        std = standard_deviation(path, x.shape, MODEL)
         if std is not None:
             assert float(np.std(x)) == pytest.approx(std, rel=0.1), path
         elif path.endswith("scale"):

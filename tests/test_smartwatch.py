@@ -106,3 +106,25 @@ def test_attributes_are_spread_evenly():
     corners = collections.Counter((w.weather_pos, w.battery_pos) for w in watches)
     assert len(corners) == 12 and max(corners.values()) < 2 * min(corners.values())
     assert {w.hour for w in watches} == set(range(13)) and {w.battery for w in watches} == set(range(101))
+
+
+def test_another_style_shows_the_same_watches(tmp_path):
+    plain, style = (
+        WatchSet(3, seed=4),
+        WatchSet(3, seed=4, material="mesh", hands=((255, 0, 0), (0, 255, 0), (0, 0, 255))),
+    )
+    (old, said), (new, says) = draw_all(plain), draw_all(style)
+    assert said == says and [w.time for w in old] == [w.time for w in new]
+    assert (new[0].hour_color, new[0].second_color, new[0].material) == ((255, 0, 0), (0, 0, 255), "mesh")
+    one = draw_all(WatchSet(1, hands=((9, 8, 7),)))[0][0]
+    assert one.hour_color == one.minute_color == one.second_color == (9, 8, 7)
+    for wrong in ((), ((0, 0, 0),) * 2, ((0, 0, 256),), ((0, 0),)):
+        with pytest.raises(UserError, match="must be one colour .* or three of them"):
+            WatchSet(1, hands=wrong)
+    folder = generate(tmp_path, WatchSet(1), processes=1, progress=False).parent
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["hands"]  # as sets were written when all hands were white
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert generate(tmp_path, WatchSet(1), processes=1, progress=False).exists()
+    with pytest.raises(UserError, match="name another folder or delete it"):
+        generate(tmp_path, WatchSet(1, hands=((0, 0, 0),)), processes=1, progress=False)

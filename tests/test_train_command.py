@@ -34,11 +34,12 @@ def changed(recipe, output, **data):
 
 
 def convert_flags(source, target, **given):
-    names = ("vision", "llm", "projector", "tokenizer", "tower", "dtype")
+    names = ("vision", "llm", "projector", "base", "extract", "delta", "tokenizer", "tower", "dtype")
     return {
         "from": str(source),
         "to": str(target),
-        "names": "hf",
+        "names": "",
+        "merge": False,
         "max_shard": "5GB",
         **dict.fromkeys(names, ""),
         **given,
@@ -71,9 +72,9 @@ def test_tokens_around_images_survive_the_export(run):
 def test_a_run_is_converted_from_its_newest_checkpoint(run, tmp_path):
     assert convert(**convert_flags(run, tmp_path / "hf")) == 0
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (run / "export" / "model.safetensors").read_bytes()
-    convert(**convert_flags(run, tmp_path / "mm_projector.bin"))
+    convert(**convert_flags(run, tmp_path / "mm_projector.bin", extract="projector"))
     assert (tmp_path / "mm_projector.bin").is_file()
-    with pytest.raises(ConfigError, match="--vision cannot replace a part of the run"):
+    with pytest.raises(ConfigError, match="--vision cannot be used on the run"):
         convert(**convert_flags(run, tmp_path / "other", vision="clip"))
 
 
@@ -114,6 +115,15 @@ def test_bad_records_are_named_before_training_and_bounded(run, tmp_path, capsys
     assert run_recipe(recipe, progress=False).status == "finished"
     said = capsys.readouterr().err
     assert f"1 of {len(records)} records" in said and "lost.png" in said and "does not exist" in said
+    assert "not trained on: 1 missing" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [lines[-1][key] for key in ("unusable_samples", "samples_without_loss", "cut_samples")] == [1, 0, 0]
+    share = dataclasses.replace(recipe, output=str(tmp_path / "share"))
+    share = dataclasses.replace(share, data=dataclasses.replace(share.data, max_bad_share=0.5 / len(records)))
+    with pytest.raises(
+        UserError, match=rf"^1 of {len(records)} records .*data.max_bad_share=.* 1 missing in mine.json"
+    ):
+        run_recipe(share, progress=False)
     strict = dataclasses.replace(
         recipe, output=str(tmp_path / "strict"), train=dataclasses.replace(recipe.train, max_bad_samples=0)
     )

@@ -7,17 +7,21 @@ K key/value heads, H head width, V vocabulary, L layers, C colour channels.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 IMAGE = -200  # stands in `Sample.tokens` where an image is (LLaVA's IMAGE_TOKEN_INDEX)
+GENERATED = -300  # stands in `Sample.tokens` where an image is to be generated
 IGNORE = -100  # label that carries no loss
 
 ATTENTIONS = ("auto", "dense", "chunked", "cudnn", "splash")  # implementations in nn.attention
-REMATS = ("none", "full", "linears", "attention")  # what is kept for the backward pass, see models.llama
+REMATS = ("none", "full", "linears", "attention")  # what is kept for the backward pass, see nn.remat
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -45,6 +49,17 @@ def at_least_one(part: str, config: Any, keys: tuple[str, ...]) -> None:
     for key in keys:
         if getattr(config, key) < 1:
             raise ConfigError(f"{part}.{key}={getattr(config, key)} must be at least 1")
+
+
+def check_patterns(key: str, patterns: tuple[str, ...]) -> None:
+    """Raise ConfigError naming `key` if there is no pattern, or one is no regular expression."""
+    if not patterns:
+        raise ConfigError(f"{key} is empty: name at least one regular expression")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{key} has {pattern!r}, which is not a regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,20 +206,105 @@ class LLMConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VLMConfig:
-    """Tower + projector + decoder, and how an image becomes slots (`aspect`, `merge`, `pinpoints`).
+class T5Config:
+    """A T5 encoder and decoder (Raffel et al. 2020), the defaults being FLAN-T5 XL: gated tanh-GELU and an untied head (T5 v1.1).
 
-    `init`: random weights where no checkpoint has any; "normal" is N(0, init_std^2), "scratch" that of models.scratch.
+    The original T5 has gated=False, act="relu", tie=True. buckets, max_distance: of the relative positions, see nn.relative_position.
+    dropout: rate at T5's sites while training, also where T5 is frozen (as CLIP-FlanT5 was trained); 0 is without.
+    """
+
+    vocab: int = 32128
+    width: int = 2048
+    mlp: int = 5120
+    encoder_layers: int = 24
+    decoder_layers: int = 24
+    heads: int = 32
+    head_dim: int = 64
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    dropout: float = 0.1
+    gated: bool = True
+    act: str = "gelu_tanh"
+    tie: bool = False
+
+    def __post_init__(self):
+        one_of("llm.act", self.act, ACTIVATIONS)
+        at_least_one("llm", self, ("vocab", "width", "mlp", "encoder_layers", "decoder_layers", "heads", "head_dim"))
+        if self.buckets < 4 or self.buckets % 4:
+            raise ConfigError(
+                f"llm.buckets={self.buckets} must be a multiple of 4: half of them are for each direction"
+            )
+        if self.max_distance <= self.buckets // 2:
+            raise ConfigError(f"llm.max_distance={self.max_distance} must be above half of llm.buckets={self.buckets}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"llm.dropout={self.dropout} must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters of some linears (Hu et al. 2021): y = x W + s dropout(x) A B, A [in, rank], B [rank, out].
+
+    targets: regular expressions over paths of linears ("llm/blocks/attn/q"). s = alpha / rank, with rslora alpha / sqrt(rank)
+    (Kalajdzievski 2023). dropout: share of the adapter's inputs that is zeroed while training.
+    """
+
+    targets: tuple[str, ...] = ("^llm/blocks/",)
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self):
+        at_least_one("model.lora", self, ("rank",))
+        check_patterns("model.lora.targets", self.targets)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.lora.dropout={self.dropout} must be at least 0 and below 1")
+
+    @property
+    def scale(self) -> float:
+        """s of the class docstring."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Kernels that are stored in few bits and never trained; see nn.quantise.
+
+    kind: "nf4" (4 bits, `block` weights share a scale; double: scales in 8 bits) or "int8" (a scale per output). targets: regular
+    expressions over paths of linears.
+    """
+
+    kind: str = "nf4"
+    targets: tuple[str, ...] = ("^llm/blocks/",)
+    block: int = 64
+    double: bool = True
+
+    def __post_init__(self):
+        one_of("model.quant.kind", self.kind, ("nf4", "int8"))
+        check_patterns("model.quant.targets", self.targets)
+        if self.block < 2 or self.block % 2:
+            raise ConfigError(f"model.quant.block={self.block} must be even: two 4-bit weights share a byte")
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    """Tower + projector + language model, and how an image becomes slots (`aspect`, `merge`, `pinpoints`).
+
+    `init`: random weights where no checkpoint has any; "normal" is N(0, init_std^2), "scratch" that of models.scratch. `lora`:
+    groups of adapters, the first that matches a linear is its own. `quant`: frozen kernels in 4 or 8 bits.
     """
 
     vision: VisionConfig = VisionConfig()
     projector: ProjectorConfig = ProjectorConfig()
-    llm: LLMConfig = LLMConfig()
+    llm: LLMConfig | T5Config = LLMConfig()
     aspect: str = "pad"
     merge: str = "flat"
     image_newline: bool = False
     pinpoints: tuple[tuple[int, int], ...] = ()
     init: str = "normal"
+    lora: tuple[LoRAConfig, ...] = ()
+    quant: QuantConfig | None = None
 
     def __post_init__(self):
         one_of("model.init", self.init, ("normal", "scratch"))
@@ -216,6 +316,16 @@ class VLMConfig:
             )
         if self.aspect == "anyres" and not self.pinpoints:
             raise ConfigError("model.aspect=anyres needs model.pinpoints, the (width, height) grids to choose from")
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether images and questions are read by an encoder, and answers written by a decoder of their own."""
+        return isinstance(self.llm, T5Config)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws dropout."""
+        return any(group.dropout for group in self.lora) or (self.encoder_decoder and self.llm.dropout > 0)
 
 
 def from_dict(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
@@ -241,7 +351,19 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(v) for name, v in value.items()}
     return value
+
+
+def _member(hints: list[Any], value: Any) -> Any:
+    """The type among `hints` that `value` is meant for: the dataclass that knows most of its keys, the first of several."""
+    if len(hints) == 1 or not all(map(dataclasses.is_dataclass, hints)):
+        return hints[0]
+    if dataclasses.is_dataclass(value):
+        return next((hint for hint in hints if isinstance(value, hint)), hints[0])
+    known = [{field.name for field in dataclasses.fields(hint)} for hint in hints]
+    return hints[max(range(len(hints)), key=lambda i: (len(known[i] & set(value)), -i))]
 
 
 def _coerce(hint: Any, value: Any, key: str) -> Any:
@@ -250,7 +372,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _coerce(next(a for a in args if a is not type(None)), value, key)
+        return _coerce(_member([a for a in args if a is not type(None)], value), value, key)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, key + ".")
     if origin is tuple:
@@ -262,8 +384,10 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         return tuple(_coerce(h, v, f"{key}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if origin is dict or hint is dict:
-        return dict(value)
+    if origin in (dict, collections.abc.Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config key {key} must be a mapping from names, not {value!r}")
+        return {name: _coerce(args[1], item, f"{key}.{name}") for name, item in value.items()}
     if hint is Any:
         return value
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

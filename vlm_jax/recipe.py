@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vlm_jax.train.options import TrainConfig
 class InitConfig:
     """Where weights come from: a whole model directory, or its parts. A directory's own config.json replaces that part of `model`.
 
-    checkpoint: LLaVA directory (HF or original). vision: CLIP or SigLIP directory. llm: Llama-family directory. projector:
+    checkpoint: LLaVA directory (HF or original). vision: CLIP or SigLIP directory. llm: Llama-family or T5 directory. projector:
     mm_projector.bin or safetensors; empty: random. random: parts without a directory start from random numbers, even tower and LLM.
     """
 
@@ -39,7 +40,9 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run. output: folder for checkpoints, metrics and the export; export: write it at the end."""
+    """Everything that decides a run. output: folder for checkpoints, metrics and the export; export: write it at the end; merge: with
+    trained adapters put into their base, as a model instead of an adapter.
+    """
 
     model: VLMConfig = VLMConfig()
     init: InitConfig = InitConfig()
@@ -48,6 +51,7 @@ class Recipe:
     mesh: MeshConfig = MeshConfig()
     output: str = "runs/train"
     export: bool = True
+    merge: bool = False
 
 
 def config_dict(recipe: Recipe) -> ConfigDict:
@@ -83,6 +87,10 @@ def _config_dict(value: Any) -> ConfigDict:
         item = getattr(value, field.name)
         if dataclasses.is_dataclass(item):
             item = _config_dict(item)
+        elif isinstance(item, Mapping):
+            item = ConfigDict({k: _config_dict(v) if dataclasses.is_dataclass(v) else v for k, v in item.items()})
+        elif isinstance(item, tuple) and any(map(dataclasses.is_dataclass, item)):
+            item = tuple(_config_dict(part) for part in item)
         elif item is None:
             item = placeholders.placeholder(_type_behind(hints[field.name]))
         out[field.name] = item

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from vlm_jax.config import LLMConfig, T5Config
 from vlm_jax.recipe import InitConfig, Recipe
 
 VOCABULARY = 512  # byte-level BPE trained on the generated text, so that no template word is unknown
+
+RANK = 4  # of adapters
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -23,20 +26,16 @@ def shrink(recipe: Recipe) -> Recipe:
         layers=2 if last >= -3 else 4,
         feature_layers=tuple(max(i, -3) if i < 0 else min(i, 2) for i in m.vision.feature_layers),
     )
-    heads = 4
-    kv_heads = heads if m.llm.kv_heads == m.llm.heads else 2
-    llm = dataclasses.replace(
-        m.llm, vocab=VOCABULARY, width=64, mlp=128, layers=2, heads=heads, kv_heads=kv_heads, head_dim=16
-    )
     unpacked = d.max_samples == 1
     data = dataclasses.replace(
         d,
         path=(),
         generated_watches=48,
-        generated_task="caption" if d.template == "plain" else "rounds",
+        generated_task="caption" if "plain" in d.template else "rounds",
         threads=2,
         row_length=384 if unpacked else 768,
         sample_length=384,
+        answer_length=min(d.answer_length, 384),
         views_per_row=1 if unpacked else 4,
     )
     train = dataclasses.replace(
@@ -51,11 +50,21 @@ def shrink(recipe: Recipe) -> Recipe:
         frozen_dtype="float32",
         remat="none",
     )
+    lora = tuple(dataclasses.replace(group, rank=min(group.rank, RANK)) for group in m.lora)
+    quant = m.quant and dataclasses.replace(m.quant, block=min(m.quant.block, vision.width))
     return dataclasses.replace(
         recipe,
-        model=dataclasses.replace(m, vision=vision, llm=llm),
+        model=dataclasses.replace(m, vision=vision, llm=shrink_llm(m.llm), lora=lora, quant=quant),
         data=data,
         train=train,
         init=InitConfig(random=True),
         output=f"{recipe.output}_smoke",
     )
+
+
+def shrink_llm(llm: LLMConfig | T5Config) -> LLMConfig | T5Config:
+    """A language model of the same kind with two layers (on either side)."""
+    sizes = {"vocab": VOCABULARY, "width": 64, "mlp": 128, "heads": 4, "head_dim": 16}
+    if isinstance(llm, T5Config):
+        return dataclasses.replace(llm, encoder_layers=2, decoder_layers=2, **sizes)
+    return dataclasses.replace(llm, layers=2, kv_heads=4 if llm.kv_heads == llm.heads else 2, **sizes)

@@ -71,7 +71,7 @@ def answers(chosen, turns):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [n for n, t in TEMPLATES.items() if t.style != "PLAIN"])
+@pytest.mark.parametrize("name", [n for n, t in TEMPLATES.items() if t.style != "PLAIN" and t.origin != "clip_flant5"])
 def test_supervised_tokens_spell_the_answers(kind, name):
     tokenizer, chosen = tokenizer_of(kind), template(name)
     for turns in DIALOGUES:

@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from tests.small_runs import EXACT, LLM, MODEL, Weights, batch
-from vlm_jax.config import ConfigError, VLMConfig
+from vlm_jax.config import ConfigError, LoRAConfig, QuantConfig, VLMConfig
 from vlm_jax.models import vlm
+from vlm_jax.models.quantised import quantised
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 from vlm_jax.train import optimizer
 from vlm_jax.train import state as states
-from vlm_jax.train.options import STAGE1, TrainConfig
+from vlm_jax.train.options import LORA, STAGE1, TrainConfig
 from vlm_jax.train.step import batch_shardings, loss_and_gradients, make_step, split_micro_batches
 
 MESHES = {
@@ -60,6 +61,66 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(name):
         assert gradient.sharding.is_equivalent_to(where[path], gradient.ndim), (
             f"the gradient of {path} is not sharded like it"
         )
+
+
+ADAPTED = dataclasses.replace(
+    MODEL,
+    lora=(
+        LoRAConfig(("^llm/blocks/(attn/q|mlp/down)$",), 4, dropout=0.3),
+        LoRAConfig(("^(llm|tower)/blocks/", "^projector/"), 2),
+    ),
+    quant=QuantConfig(block=16),
+)
+
+
+def run_adapted(mesh):
+    """As `run_on`, of a model with adapters, dropout and a base in 4 bits."""
+    config = dataclasses.replace(EXACT, trainable=LORA[:1])
+    source, rng = quantised(Weights(), ADAPTED), np.random.default_rng(0)
+    with rules.use(mesh):
+        where, params = vlm.shardings(ADAPTED), {}
+        for path, like in vlm.shapes(ADAPTED).items():
+            noise = rng.normal(0, 0.2, like.shape).astype(np.float32)
+            value = source.read(path, tuple(map(slice, like.shape))) if path in source else noise
+            params[path] = jax.device_put(value, where[path])
+        chosen = states.select(config.trainable, params)
+        trainable, frozen = ({k: v for k, v in params.items() if (k in chosen) == side} for side in (True, False))
+        rows = split_micro_batches(batch(0), 1)
+        arrays = hosts.to_devices(rows, batch_shardings({k: v.shape for k, v in rows.items()}))
+        step = jax.jit(functools.partial(loss_and_gradients, ADAPTED, config))
+        grads, sums = step(trainable, frozen, arrays, jax.random.key(5))
+        return float(sums["loss"]), grads, where
+
+
+@functools.cache
+def adapted_on_one_device():
+    loss, grads, _ = run_adapted(mesh_of(MeshConfig(fsdp=1), 1))
+    return loss, {k: np.asarray(g) for k, g in grads.items()}
+
+
+@pytest.mark.parametrize("name", ["fsdp4_tensor2", "fsdp2_tensor2_seq2"])
+def test_adapters_dropout_and_codes_do_not_depend_on_the_mesh(name):
+    loss, grads, where = run_adapted(mesh_of(MESHES[name]))
+    wanted_loss, wanted = adapted_on_one_device()
+    assert abs(loss - wanted_loss) < 1e-5
+    assert grads.keys() == wanted.keys() == {p for p in where if p.endswith(("lora_a", "lora_b")) and "unused" not in p}
+    for path, gradient in grads.items():
+        np.testing.assert_allclose(np.asarray(gradient), wanted[path], atol=1e-5, err_msg=path)
+        assert gradient.sharding.is_equivalent_to(where[path], gradient.ndim), path
+
+
+def test_adapters_and_codes_are_sharded_like_their_base():
+    large = VLMConfig(lora=(LoRAConfig(("^llm/blocks/",)),))
+    with rules.use(mesh_of(MESHES["fsdp4_tensor2"])):
+        base = {path: s.spec for path, s in vlm.shardings(large).items()}
+        codes = {path: s.spec for path, s in vlm.shardings(dataclasses.replace(large, quant=QuantConfig())).items()}
+    for linear in ("llm/blocks/attn/q", "llm/blocks/attn/o", "llm/blocks/mlp/down"):
+        _, rows, columns = base[f"{linear}/kernel"]
+        assert {rows, columns} == {"fsdp", "tensor"}
+        assert base[f"{linear}/lora_a"] == jax.P(None, rows, None) and base[f"{linear}/lora_b"] == jax.P(
+            None, None, columns
+        )
+        assert codes[f"{linear}/kernel_codes"] == codes[f"{linear}/kernel_absmax"] == base[f"{linear}/kernel"]
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.small_runs import EXACT, MODEL, PLANS, VIEWS, row
-from vlm_jax.config import LLMConfig, VisionConfig, VLMConfig
+from vlm_jax.config import LLMConfig, LoRAConfig, QuantConfig, VisionConfig, VLMConfig
 from vlm_jax.models import vlm
 from vlm_jax.train import flops
 from vlm_jax.train import state as states
 from vlm_jax.train.metrics import Speed
-from vlm_jax.train.options import STAGE1, STAGE2
+from vlm_jax.train.options import LORA, STAGE1, STAGE2
 from vlm_jax.train.step import row_counts
 
 SEVEN = VLMConfig()
@@ -108,3 +108,34 @@ def test_trained_biases_and_norms_are_free():
         dataclasses.replace(MODEL),
         {p for p in states.select(EXACT.trainable, vlm.shapes(MODEL)) if p.endswith("kernel")},
     )
+
+
+LORA_7B = dataclasses.replace(SEVEN, lora=(LoRAConfig(("^llm/blocks/",), rank=128),))
+
+
+def test_frozen_kernels_cost_two_thirds_and_adapters_are_part_of_the_model():
+    """2 forward and 2 for the gradient of the input per frozen weight, 6 per weight of an adapter; pairs as in full training."""
+    body, head, adapters = 32 * 202_375_168, 32000 * 4096, 319_815_680
+    one, full = cost(LORA_7B, LORA), cost(SEVEN, STAGE2)
+    assert one.slot == 4 * (body + head) + 6 * adapters
+    assert one.pair == full.pair and one.view == full.view
+    assert full.slot == 6 * (body + head)
+    assert one.slot / full.slot < 0.72
+
+
+def test_quantisation_changes_no_flops():
+    four_bits = dataclasses.replace(LORA_7B, quant=QuantConfig())
+    assert cost(four_bits, LORA) == cost(LORA_7B, LORA)
+
+
+def test_adapters_of_the_tower_send_gradients_through_it():
+    group = LoRAConfig(("^tower/blocks/",), rank=64)
+    tower = dataclasses.replace(SEVEN, lora=(group,))
+    weights = 23 * (4 * 1024**2 + 2 * 1024 * 4096)
+    pairs = 23 * (4 * 2 * 64 * 1024 + 2 * 64 * (1024 + 4096))
+    patch, scores = 14 * 14 * 3 * 1024, 4 * 23 * 577**2 * 1024
+    projector = 576 * (1024 * 4096 + 4096 * 4096)
+    view = cost(tower, LORA).view
+    assert view == 577 * (4 * weights + 6 * pairs) + 576 * 4 * patch + 3 * scores + 6 * projector
+    frozen = cost(tower, STAGE1).view  # adapters there, but not trained: forward only
+    assert frozen == 577 * 2 * (weights + pairs) + 576 * 2 * patch + scores + 6 * projector

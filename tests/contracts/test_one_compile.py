@@ -1,4 +1,4 @@
-"""An epoch of rows with and without images, packed and not, compiles the step once."""
+"""An epoch of rows with and without images, packed and not, compiles the step once; switching adapters compiles nothing."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,10 @@ import jax
 import numpy as np
 from jax import monitoring
 
+from tests import tiny_adapters
 from tests.small_runs import EXACT, MODEL, Weights, batch
+from vlm_jax.generate.decode import Decoding
+from vlm_jax.generate.load import load_model
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 from vlm_jax.train.loop import train
 from vlm_jax.train.metrics import read_metrics
@@ -70,3 +73,21 @@ def test_a_profile_and_one_line_per_update(tmp_path):
     ]  # save_every and log_every
     assert result.rates["tokens_per_second"] > 0 and "mfu" not in result.rates
     assert sum(line["tokens"] for line in lines) == sum(rows["weights"].sum() for _, rows in made)
+
+
+def test_switching_adapters_compiles_nothing(tmp_path):
+    where, _ = tiny_adapters.write(tmp_path)
+    loaded = load_model(where["model"], adapters={name: str(where[name]) for name in ("a", "b")})
+    generator, how = loaded.generator(batch_size=2), Decoding(4)
+    prompts = [loaded.prompt("What is it?"), loaded.prompt("Is it a cat?")]
+    mixtures = [{"a": 1.0}, {"a": 0.5, "b": 0.5}, {}, {"b": 1.0}, {"b": 0.5, "a": 1.5}]
+    for weights in mixtures[:2]:  # a first answer compiles the programs, a first mixture the sums over the projector
+        generator.use(weights)
+        generator.tokens(prompts, how)
+    with compilations() as found:
+        answers = []
+        for weights in mixtures:
+            generator.use(weights)
+            answers.append(generator.tokens(prompts, how))
+    assert not found, "choosing another adapter must only change values"
+    assert len({str(answer) for answer in answers}) > 2

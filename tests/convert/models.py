@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +120,28 @@ def tower_directory(directory: Path, config: VLMConfig = TINY, seed: int = 1, pr
     tensors["text_model.embeddings.token_embedding.weight"] = np.zeros((3, 2), np.float32)
     tensors["vision_model.embeddings.position_ids"] = np.arange(config.vision.tokens)
     return write_tensors(directory, tensors, vision_to_hf(config.vision))
+
+
+def linears(config: VLMConfig) -> dict[str, tuple[int, ...]]:
+    """{path of a linear: shape of its kernel, stacked} that an adapter may be put on."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    stacked = set()
+    for entry in names.entries(config):
+        if entry.path.endswith("/kernel") and entry.key.endswith(".weight") and len(entry.shape) == 2:
+            path = entry.path.removesuffix("/kernel")
+            found.setdefault(path, []).append(entry.shape[::-1])
+            stacked |= {path} if entry.layer is not None else set()
+    return {path: (len(s), *s[0]) if path in stacked else s[0] for path, s in found.items()}
+
+
+def random_adapter(config: VLMConfig, seed: int = 5) -> dict[str, np.ndarray]:
+    """lora_a, lora_b and lora_scale of the groups `config.lora`, none of them zero."""
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for path, (*layers, din, dout) in linears(config).items():
+        group = next((g for g in config.lora if any(re.search(t, path) for t in g.targets)), None)
+        if group is not None:
+            leaves[f"{path}/lora_a"] = rng.normal(size=(*layers, din, group.rank)).astype(np.float32)
+            leaves[f"{path}/lora_b"] = 0.1 * rng.normal(size=(*layers, group.rank, dout)).astype(np.float32)
+            leaves[f"{path}/lora_scale"] = np.full((*layers, group.rank), group.scale, np.float32)
+    return leaves

@@ -235,7 +235,8 @@ def test_the_command(tmp_path, capsys):
     )
     assert "llava_hf model of" in capsys.readouterr().out
     assert open_checkpoint(tmp_path / "y").dtype == "bfloat16"
-    assert convert(**{"from": str(tmp_path / "y"), "to": str(tmp_path / "mm_projector.bin")}) == 0
+    bin_file = {"extract": "projector", "to": str(tmp_path / "mm_projector.bin")}
+    assert convert(**{"from": str(tmp_path / "y"), **bin_file}) == 0
     assert len(torch_pickle.read_tensors(tmp_path / "mm_projector.bin")) == 4
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(
@@ -310,7 +311,7 @@ def test_wrong_parts(tmp_path):
     (tmp_path / "adapter").mkdir()
     write_json(tmp_path / "adapter" / "config.json", vlm_to_llava(TINY, {}, "float32", None))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="adapter holds a LoRA adapter without its base model"):
+    with pytest.raises(CheckpointError, match="adapter holds the weights of an adapter but no adapter_config.json"):
         open_checkpoint(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="config.json does not exist"):
         open_checkpoint(tmp_path / "nowhere")

@@ -1,8 +1,11 @@
-"""The body of `python -m vlm_jax convert`: one model directory in, another out, streaming.
+"""The body of `python -m vlm_jax convert`: one model or adapter directory in, another out, streaming.
 
 convert --from LLAVA_DIR --to HF_DIR [--dtype bfloat16] [--names hf|source|llava] [--max_shard 5GB]
 convert --from VICUNA_DIR --vision CLIP_DIR --projector mm_projector.bin --to HF_DIR
-convert --from LLAVA_DIR --to mm_projector.bin
+convert --from LLAVA_DIR --extract projector --to mm_projector.bin
+convert --from ADAPTER_DIR --base BASE_DIR --merge --to HF_DIR
+convert --from ADAPTER_DIR --base BASE_DIR --to ADAPTER_DIR [--names hf|llava|sq_llava]
+convert --from DELTA_DIR --base BASE_DIR --delta apply --to LLAVA_DIR        (and --delta make)
 """
 
 from __future__ import annotations
@@ -11,31 +14,43 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
+from vlm_jax.config import one_of
+from vlm_jax.convert.delta import SIGNS, convert_delta
+from vlm_jax.convert.manifest import read_manifest
+from vlm_jax.convert.merge import merged, open_adapted
+from vlm_jax.convert.peft import Adapter
 from vlm_jax.convert.read import Checkpoint, model_directory, open_checkpoint
 from vlm_jax.convert.tensors import DTYPES, CheckpointError
+from vlm_jax.convert.tokenizer_files import COPIED
 from vlm_jax.convert.write import export, export_projector
+from vlm_jax.convert.write_adapter import export_adapter
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LONG_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+PARTS = ("vision", "llm", "projector")
 
 
 def convert(**flags: str) -> int:
     """The command, called with its flags (`from`, `to`, ...; "" = not given); returns the exit code."""
-    flags = {name: value for name, value in flags.items() if value not in ("", None)}
+    flags = {name: value for name, value in flags.items() if value not in ("", None, False)}
     if "from" not in flags:
         raise CheckpointError(
             "convert needs --from: the LLaVA directory, or the language model of one put together with --vision"
         )
     source, target = flags.pop("from"), flags.pop("to")
+    if "delta" in flags:
+        return _delta(source, target, **flags)
     checkpoint = convert_model(source, target, **flags)
-    print(
-        f"{target}: {checkpoint.kind} model of {source}, "
-        f"{sum(math.prod(leaf.shape) for leaf in checkpoint.leaves.values()) / 1e6:.1f} M parameters"
-    )
+    written = flags.get("extract") or read_manifest(target).kind
+    wanted = {"model": r"^(?!.*/lora_)", "adapter": "/lora_[ab]$", "projector": "^projector/"}[written]
+    size = sum(math.prod(leaf.shape) for path, leaf in checkpoint.leaves.items() if re.search(wanted, path))
+    print(f"{target}: {checkpoint.kind} {written} of {source}, {size / 1e6:.1f} M parameters")
     return 0
 
 
@@ -43,50 +58,130 @@ def convert_model(
     source: str,
     target: str,
     *,
-    vision: str | None = None,
-    llm: str | None = None,
-    projector: str | None = None,
-    tokenizer: str | None = None,
+    base: str | None = None,
+    merge: bool = False,
+    extract: str | None = None,
     dtype: str | None = None,
-    names: str = "hf",
+    names: str | None = None,
     max_shard: str | int = "5GB",
+    tokenizer: str | None = None,
     tower: str | None = None,
+    **parts: str | None,
 ) -> Checkpoint:
-    """Convert directory `source` to `target`; a target ending in .bin takes the projector alone.
+    """Convert directory `source` to `target`: a model, or an adapter to another layout, or (merge) with its base to a model.
 
-    Parts given apart replace those of `source`; `tower` is what an original config.json names as
-    mm_vision_tower. Returns the checkpoint that was read; errors are CheckpointError, one sentence each.
+    base: of an adapter, if not the one that it names. extract="projector": write only that, as the torch file `target`. parts:
+    vision, llm, projector replace those of `source`; tower: what an original config.json names as mm_vision_tower. Returns what
+    was read, an adapter unmerged; errors are CheckpointError, one sentence each.
     """
     source = model_directory(source)
+    dtype = parse_dtype(dtype)
+    _refuse_onto_itself(source, target)
+    check_target(target, extract)
+    adapter = None
+    if read_manifest(source).kind == "adapter":
+        checkpoint, adapter = open_adapted(source, base=base, **parts)
+    elif base or merge:
+        raise CheckpointError(f"{source} is no adapter: {'--base' if base else '--merge'} has no meaning for it")
+    else:
+        checkpoint = open_checkpoint(source, **parts)
+    names = names or "hf"
+    named = checkpoint.raw.get("mm_vision_tower") if checkpoint.kind == "llava" else None
+    tower = tower or parts.get("vision") or named
+    if extract:
+        export_projector(target, checkpoint.config, checkpoint.leaves, dtype)
+    elif adapter and not merge:
+        _rewrite(target, checkpoint, adapter, names=names, dtype=dtype, base=base, tower=tower, tokenizer=tokenizer)
+    else:
+        with progress() as count:
+            export(
+                target,
+                checkpoint.config,
+                checkpoint.leaves,
+                names=names,
+                dtype=dtype,
+                max_shard=parse_size(max_shard),
+                source=merged(checkpoint),
+                tokenizer=tokenizer or (adapter and _tokenizer(source)),
+                chat_template=_chat_template(source) if adapter else None,
+                tower=tower,
+                progress=count,
+            )
+    return checkpoint
+
+
+def _rewrite(
+    target: str, checkpoint: Checkpoint, adapter: Adapter, tokenizer: str | None, base: str | None, **options
+) -> None:
+    """The adapter in another layout, with what was trained whole."""
+    export_adapter(
+        target,
+        checkpoint.config,
+        checkpoint.leaves,
+        trained={path: mine.keys() - {None} or None for path, mine in adapter.extra.items()},
+        base=base or read_manifest(adapter.directory).base_directory() or read_manifest(adapter.directory).base,
+        tokens=checkpoint.tokens,
+        start_end=bool(checkpoint.raw.get("mm_use_im_start_end")),
+        tokenizer=tokenizer or _tokenizer(adapter.directory),
+        chat_template=_chat_template(adapter.directory),
+        **options,
+    )
+
+
+def _tokenizer(directory: Path) -> Path | None:
+    """`directory` if it has a tokenizer."""
+    return directory if any((directory / name).is_file() for name in COPIED[:2]) else None
+
+
+def _chat_template(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _delta(
+    source: str, target: str, *, delta: str, base: str = "", dtype: str = "", max_shard: str = "5GB", **other
+) -> int:
+    """`convert --delta make` and `--delta apply`."""
+    one_of("--delta", delta, tuple(SIGNS))
+    useless = [name for name in other if name != "names"]
+    if useless or not base:
+        what = f"--{useless[0]} has no meaning for it" if useless else "give the directory of the base with --base"
+        raise CheckpointError(f"convert --delta {delta}: {what}")
+    _refuse_onto_itself(source, target)
+    _refuse_onto_itself(base, target)
+    with progress() as count:
+        size = convert_delta(
+            delta, source, base, target, dtype=parse_dtype(dtype), max_shard=parse_size(max_shard), progress=count
+        )
+    print(f"{target}: {'delta' if delta == 'make' else 'model'} of {source} and {base}, {size / 1e6:.1f} M parameters")
+    return 0
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal: call what it gives with (bytes written, bytes in all)."""
+    with tqdm(unit="B", unit_scale=True, desc="writing", disable=not sys.stderr.isatty()) as bar:
+
+        def count(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield count
+
+
+def _refuse_onto_itself(source: str | os.PathLike, target: str | os.PathLike) -> None:
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(
             f"--from and --to are both {source}: a checkpoint is not converted onto itself, give another directory"
         )
-    dtype = parse_dtype(dtype)
-    checkpoint = open_checkpoint(source, vision=vision, llm=llm, projector=projector)
-    if Path(target).suffix == ".bin":
-        export_projector(target, checkpoint.config, checkpoint.leaves, dtype)
-        return checkpoint
-    named = checkpoint.raw.get("mm_vision_tower") if checkpoint.kind == "llava" else None
-    with tqdm(unit="B", unit_scale=True, desc="writing", disable=not sys.stderr.isatty()) as bar:
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        export(
-            target,
-            checkpoint.config,
-            checkpoint.leaves,
-            names=names,
-            dtype=dtype,
-            max_shard=parse_size(max_shard),
-            source=checkpoint,
-            tokenizer=tokenizer,
-            tower=tower or vision or named,
-            progress=progress,
-        )
-    return checkpoint
+def check_target(target: str | os.PathLike, extract: str | None) -> None:
+    """Raise unless `target` is a torch file exactly where a part is extracted."""
+    if extract:
+        one_of("--extract", extract, ("projector",))
+    if (Path(target).suffix == ".bin") != bool(extract):
+        raise CheckpointError(f"--to={target}: --extract projector writes a .bin file, and nothing else does")
 
 
 def parse_dtype(text: str | None) -> str | None:

@@ -16,6 +16,10 @@ from typing import Any
 
 from vlm_jax.convert.tensors import CheckpointError
 
+# files that say what the weights beside them are; those of an earlier export would say something else
+ANNOUNCING = ("config.json", "adapter_config.json", "vlm_jax.json")
+ADAPTER_PARTS = ("non_lora_trainables.bin", "Vit-lora")
+
 
 @contextlib.contextmanager
 def _or_nothing(target: Path) -> Iterator[None]:
@@ -34,8 +38,8 @@ def staging(directory: str | os.PathLike) -> Iterator[Path]:
     """A folder to write into; on success its files replace those of `directory`, on failure nothing there
     changes.
 
-    Weight files of an earlier export that the new one does not hold (other shards, other format) are removed,
-    so that no reader mixes the two.
+    Weight files of an earlier export that the new one does not hold (other shards, other format, an adapter in
+    place of a model) are removed with the files that announce them, so that no reader mixes the two.
     """
     target = Path(directory)
     existed = target.is_dir()
@@ -55,21 +59,31 @@ def _install(stage: Path, target: Path) -> None:
     """Rename every staged file into `target`: weights first, then their index, then the configs that announce
     them.
     """
-    files = sorted(stage.iterdir(), key=lambda f: (f.suffix == ".json", f.name == "config.json", f.name))
+    files = sorted(stage.iterdir(), key=lambda f: (f.suffix == ".json", f.name in ANNOUNCING, f.name))
     new = {f.name for f in files}
     for file in files:
+        _remove_folder(target / file.name)
         os.replace(file, target / file.name)
     if any(is_weights(name) for name in new):
         for old in list(target.iterdir()):
-            if is_weights(old.name) and old.name not in new:
-                old.unlink()
+            if old.name in new or not (is_weights(old.name) or old.name in (*ANNOUNCING, *ADAPTER_PARTS)):
+                continue
+            _remove_folder(old) if old.is_dir() else old.unlink()
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder that an adapter was written to; a rename does not replace it."""
+    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+        shutil.rmtree(folder)
 
 
 def is_weights(name: str) -> bool:
-    """Whether `name` is a model weight file or index that transformers would pick up."""
+    """Whether `name` is a model weight file or index that transformers would pick up, or the weights of an adapter."""
     stem = name.removesuffix(".index.json")
-    return (name.startswith("model") and stem.endswith(".safetensors")) or (
-        name.startswith("pytorch_model") and stem.endswith(".bin")
+    return (
+        (name.startswith("model") and stem.endswith(".safetensors"))
+        or (name.startswith("pytorch_model") and stem.endswith(".bin"))
+        or name in ("adapter_model.safetensors", "adapter_model.bin")
     )
 
 

@@ -20,9 +20,11 @@ from vlm_jax.config import (
     LLMConfig,
     ProjectorConfig,
     RopeConfig,
+    T5Config,
     VisionConfig,
     VLMConfig,
 )  # fmt: skip
+from vlm_jax.convert import t5_config
 from vlm_jax.convert.processor_files import with_processor
 from vlm_jax.convert.tensors import CheckpointError
 
@@ -134,12 +136,14 @@ def vision_from_hf(
     )  # fmt: skip
 
 
-def llm_from_hf(raw: Raw, where: str) -> LLMConfig:
-    """A Llama or Mistral config.json (or `text_config`)."""
+def llm_from_hf(raw: Raw, where: str) -> LLMConfig | T5Config:
+    """A Llama, Mistral or T5 config.json (or `text_config`)."""
     kind = raw.get("model_type", "llama").removeprefix("llava_")
+    if kind in t5_config.TYPES:
+        return checked(where, lambda: t5_config.t5_from_hf(raw))
     if kind not in ("llama", "mistral", "llava"):
         raise CheckpointError(
-            f"{where}: a language model of type {kind!r} is not supported: use a Llama or Mistral model"
+            f"{where}: a language model of type {kind!r} is not supported: use a Llama, Mistral or T5 model"
         )
     get = {**(MISTRAL_DEFAULTS if kind == "mistral" else TEXT_DEFAULTS), **raw}
     heads = get["num_attention_heads"]
@@ -277,8 +281,10 @@ def vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
     return {**raw, "vision_use_head": vision.pooler_head} if vision.kind == "siglip" else {**raw, "projection_dim": 768}
 
 
-def llm_to_hf(llm: LLMConfig) -> dict[str, Any]:
-    """`text_config` (or a top-level config) of a decoder: Mistral if it has a window, else Llama."""
+def llm_to_hf(llm: LLMConfig | T5Config) -> dict[str, Any]:
+    """`text_config` (or a top-level config): T5, Mistral if a decoder has a window, else Llama."""
+    if isinstance(llm, T5Config):
+        return t5_config.t5_to_hf(llm)
     if llm.window is not None and (llm.attention_bias or llm.mlp_bias):
         raise CheckpointError(
             "a decoder with both a window and biases is neither transformers' Llama nor its Mistral: it "

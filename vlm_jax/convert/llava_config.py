@@ -37,6 +37,14 @@ KNOWN_TOWERS = {
 }  # fmt: skip
 
 
+CLASSES = {
+    "llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+    "t5": "CLIPT5ForConditionalGeneration",
+}
+T5_LENGTH = 2048  # tokens of a text that CLIP-FlanT5 was trained with; its positions are relative and have no end
+
+
 def vlm_from_llava(
     raw: Raw, where: str, vision: VisionConfig | None = None, directory: Path | None = None
 ) -> VLMConfig:
@@ -142,8 +150,8 @@ def vlm_to_llava(
     return {
         **llm,
         **tokens,
-        "architectures": ["LlavaMistralForCausalLM" if llm["model_type"] == "mistral" else "LlavaLlamaForCausalLM"],
-        "model_type": "llava_" + llm["model_type"],
+        "architectures": [CLASSES[llm["model_type"]]],
+        "model_type": "clip_t5" if config.encoder_decoder else "llava_" + llm["model_type"],
         "torch_dtype": dtype,
         "image_aspect_ratio": config.aspect,
         "image_grid_pinpoints": [list(p) for p in config.pinpoints] or None,
@@ -155,7 +163,7 @@ def vlm_to_llava(
         "mm_vision_select_feature": "patch" if config.vision.select == "patch" else "cls_patch",
         "mm_vision_select_layer": config.vision.feature_layers[0],
         "mm_vision_tower": named,
-        "tokenizer_model_max_length": config.llm.max_position,
+        "tokenizer_model_max_length": T5_LENGTH if config.encoder_decoder else config.llm.max_position,
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
         **({} if named else {"vision_config": vision_to_hf(config.vision)}),

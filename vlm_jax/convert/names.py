@@ -13,6 +13,7 @@
     hf_5_saved language_model.model  language_model.   vision_tower, multi_modal_projector.linear_1
     llava      model                                   model.vision_tower.vision_tower.vision_model,
                                                        model.mm_projector.0
+    clip_t5    (none)                lm_head.          vision_tower.vision_tower.vision_model, mm_projector.0
 
 `hf` is what transformers 4.36 to 4.51 published and what every version since reads. Towers and language
 models on their own are read too: their prefixes are those above with the leading parts left out.
@@ -25,7 +26,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from vlm_jax.config import LLMConfig, ProjectorConfig, VisionConfig, VLMConfig
+from vlm_jax.config import LLMConfig, ProjectorConfig, T5Config, VisionConfig, VLMConfig
 from vlm_jax.convert.tensors import AS_IS, PATCH, TRANSPOSE, VECTOR, CheckpointError, Layout
 
 NAMINGS = {
@@ -65,6 +66,9 @@ NAMINGS = {
         "model.",
     ),
 }
+# of models on T5, whose table of rules is another one
+T5_NAMINGS = {"clip_t5": ("", "lm_head.", "vision_tower.vision_tower.vision_model.", "mm_projector", "")}
+ORIGINAL = ("llava", "clip_t5")  # namings of the original programs: layers of the projector counted 0, 2, 4 ...
 ROOMS = ("llm", "head", "tower", "projector", "newline")
 
 # what stands before a rule's key, in any naming; `head` before `llm`, whose prefix may be empty
@@ -74,15 +78,16 @@ PREFIXES = {
     "newline": re.compile(r"(?:model\.)?(?=image_newline$)"),
     "tower": re.compile(
         r"(?:(?:model\.)?vision_tower\.(?:vision_tower\.)?)?(?:vision_model\.)?"
-        r"(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+        r"(?=(?:embeddings|encoder\.layers|pre_layrnorm|post_layernorm|head)\.)"
     ),
     "llm": re.compile(
         r"(?:language_model\.model\.|model\.language_model\.|model\.)?(?=(?:embed_tokens|layers|norm)\.)"
+        r"|(?=(?:shared|encoder\.(?:block|final_layer_norm|embed_tokens)|decoder)\.)"
     ),
 }
-# buffers that old versions saved, and the text half of a CLIP or SigLIP checkpoint
+# buffers that old versions saved, the text half of a CLIP or SigLIP checkpoint, and a table that the first T5 had and never used
 IGNORED = re.compile(
-    r".*(?:position_ids|rotary_emb\.inv_freq|cos_cached|sin_cached)"
+    r".*(?:position_ids|rotary_emb\.inv_freq|cos_cached|sin_cached|EncDecAttention\.relative_attention_bias\.weight)"
     r"|(?:text_model|text_projection|visual_projection)\..*|logit_.*"
 )
 
@@ -153,6 +158,40 @@ LLM = (
     *_linear("layers.{i}.mlp.down_proj", "llm/blocks/mlp/down", "D F", "mlp_bias"),
     Rule("norm.weight", "llm/norm/scale", AS_IS, "D"),
 )
+
+
+def _t5_attention(layer: str, name: str, path: str, norm: str) -> tuple[Rule, ...]:
+    """The four projections of an attention of T5 and the norm before it."""
+    projections = [(x, "A D") for x in "qkv"] + [("o", "D A")]
+    return (
+        *(Rule(f"{layer}.{name}.{x}.weight", f"{path}/{x}/kernel", TRANSPOSE, shape) for x, shape in projections),
+        Rule(f"{layer}.layer_norm.weight", norm, AS_IS, "D"),
+    )
+
+
+def _t5(side: str) -> tuple[Rule, ...]:
+    """The encoder or the decoder of T5."""
+    blocks, block, both = f"llm/{side}/blocks", f"{side}.block.{{i}}.layer", side == "decoder"
+    cross = _t5_attention(f"{block}.1", "EncDecAttention", f"{blocks}/cross", f"{blocks}/norm2/scale") if both else ()
+    last, norm = (f"{block}.2", "norm3") if both else (f"{block}.1", "norm2")
+    table = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return (
+        Rule(table, f"llm/{side}/relative", AS_IS, "R N"),
+        *_t5_attention(f"{block}.0", "SelfAttention", f"{blocks}/attn", f"{blocks}/norm1/scale"),
+        *cross,
+        Rule(f"{last}.DenseReluDense.wi_0.weight", f"{blocks}/mlp/gate/kernel", TRANSPOSE, "F D", "gated"),
+        Rule(f"{last}.DenseReluDense.wi_1.weight", f"{blocks}/mlp/up/kernel", TRANSPOSE, "F D", "gated"),
+        Rule(f"{last}.DenseReluDense.wi.weight", f"{blocks}/mlp/up/kernel", TRANSPOSE, "F D", "ungated"),
+        Rule(f"{last}.DenseReluDense.wo.weight", f"{blocks}/mlp/down/kernel", TRANSPOSE, "D F"),
+        Rule(f"{last}.layer_norm.weight", f"{blocks}/{norm}/scale", AS_IS, "D"),
+        Rule(f"{side}.final_layer_norm.weight", f"llm/{side}/norm/scale", AS_IS, "D"),
+    )
+
+
+SHARED = Rule("shared.weight", "llm/embed/embedding", AS_IS, "V D")
+# other names of the same table, all of which some checkpoints have
+ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "embed_tokens.weight")
+T5_ENCODER, T5_DECODER = (SHARED, *_t5("encoder")), _t5("decoder")
 HEAD = (Rule("weight", "llm/head/kernel", TRANSPOSE, "V D", "untied"),)
 NEWLINE = (Rule("image_newline", "image_newline", AS_IS, "D", "newline"),)
 
@@ -180,19 +219,29 @@ def entries(config: VLMConfig, rooms: Iterable[str] = ROOMS) -> list[Entry]:
     """Every tensor of a model of `config`, in the order in which it is written."""
     v, m = config.vision, config.llm
     tower = {"D": v.width, "F": v.mlp, "N": v.tokens, "C": 3, "p": v.patch_size, "3D": 3 * v.width, "1": 1}
-    llm = {"V": m.vocab, "D": m.width, "F": m.mlp, "A": m.heads * m.head_dim, "K": m.kv_heads * m.head_dim}
+    llm = {"V": m.vocab, "D": m.width, "F": m.mlp, "A": m.heads * m.head_dim}
     on = {"", v.kind, *(["head"] if v.pooler_head else []), *([] if m.tie else ["untied"])}
-    on |= {name for name in ("attention_bias", "mlp_bias") if getattr(m, name)} | (
+    on |= {name for name in ("attention_bias", "mlp_bias", "gated") if getattr(m, name, False)} | (
         {"newline"} if config.image_newline else set()
     )
     made = {
-        "llm": lambda: _expand("llm", LLM, llm, on, m.layers),
+        "llm": lambda: _t5_entries(m, llm, on) if config.encoder_decoder else _llama_entries(m, llm, on),
         "head": lambda: _expand("head", HEAD, llm, on, 0),
         "tower": lambda: (_place(entry, v.used_layers) for entry in _expand("tower", TOWER, tower, on, v.layers)),
         "projector": lambda: _projector(config.projector, v, m),
         "newline": lambda: _expand("newline", NEWLINE, llm, on, 0),
     }
     return [entry for room in rooms for entry in made[room]()]
+
+
+def _llama_entries(llm: LLMConfig, sizes: dict[str, int], on: set[str]) -> Iterator[Entry]:
+    return _expand("llm", LLM, sizes | {"K": llm.kv_heads * llm.head_dim}, on, llm.layers)
+
+
+def _t5_entries(llm: T5Config, sizes: dict[str, int], on: set[str]) -> Iterator[Entry]:
+    sizes, on = sizes | {"R": llm.buckets, "N": llm.heads}, on | (set() if llm.gated else {"ungated"})
+    yield from _expand("llm", T5_ENCODER, sizes, on, llm.encoder_layers)
+    yield from _expand("llm", T5_DECODER, sizes, on, llm.decoder_layers)
 
 
 def _expand(room: str, rules: Iterable[Rule], sizes: dict[str, int], on: set[str], layers: int) -> Iterator[Entry]:
@@ -212,7 +261,7 @@ def _place(entry: Entry, used: int) -> Entry:
     return dataclasses.replace(entry, path=entry.path.replace("tower/", "tower/unused/", 1), layer=entry.layer - used)
 
 
-def _projector(projector: ProjectorConfig, vision: VisionConfig, llm: LLMConfig) -> Iterator[Entry]:
+def _projector(projector: ProjectorConfig, vision: VisionConfig, llm: LLMConfig | T5Config) -> Iterator[Entry]:
     """The N linear layers; their key is `0.weight`, `1.weight`, ... and gets its naming in `key_of`."""
     for n in range(projector.depth):
         width = vision.feature_width if n == 0 else llm.width
@@ -223,11 +272,11 @@ def _projector(projector: ProjectorConfig, vision: VisionConfig, llm: LLMConfig)
 
 def key_of(entry: Entry, naming: str, projector: str = "mlp2x_gelu") -> str:
     """The checkpoint key of an entry in `naming`; `projector` is its kind, on which LLaVA's names depend."""
-    prefix = NAMINGS[naming][ROOMS.index(entry.room)]
+    prefix = (NAMINGS | T5_NAMINGS)[naming][ROOMS.index(entry.room)]
     if entry.room != "projector":
         return prefix + entry.key
     n, _, rest = entry.key.partition(".")
-    if naming == "llava":
+    if naming in ORIGINAL:
         return f"{prefix}.{rest}" if projector == "linear" else f"{prefix}.{2 * int(n)}.{rest}"
     return f"{prefix}linear_{int(n) + 1}.{rest}"
 
@@ -268,7 +317,7 @@ def naming_of(names: Iterable[str]) -> str | None:
         found = None if IGNORED.fullmatch(name) else room_and_key(name)
         if found:
             seen.setdefault(found[0], set()).add(PREFIXES[found[0]].match(name)[0].removesuffix("."))
-    for naming, prefixes in NAMINGS.items():
+    for naming, prefixes in (NAMINGS | T5_NAMINGS).items():
         expected = dict(zip(ROOMS, (prefix.removesuffix(".") for prefix in prefixes)))
         if {"llm", "projector"} <= seen.keys() and all(found == {expected[room]} for room, found in seen.items()):
             return naming

@@ -17,16 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.config import ProjectorConfig, VisionConfig, VLMConfig
+from vlm_jax.config import VLMConfig
 from vlm_jax.convert import names
+from vlm_jax.convert.combine import combined_config
 from vlm_jax.convert.files import read_json
-from vlm_jax.convert.hf_config import llm_from_hf, vlm_from_hf
-from vlm_jax.convert.llava_config import (
-    feature_settings,
-    read_vision_directory,
-    tower_directory,
-    vlm_from_llava,
-)
+from vlm_jax.convert.llava_config import tower_directory
+from vlm_jax.convert.manifest import read_manifest, refuse_other
 from vlm_jax.convert.names import Entry
 from vlm_jax.convert.shards import read_directory, read_file
 from vlm_jax.convert.tensors import DTYPES, CheckpointError, Index, Leaf, Tensor, grown, resolve
@@ -98,6 +94,7 @@ def open_checkpoint(
     mean of the old ones. partial: parts that are nowhere become `missing` instead of an error.
     """
     main = Path(directory)
+    refuse_other(main)
     raw = read_json(main / "config.json")
     kind = kind_of(raw, main)
     vision = vision or (_named_tower(raw, main) if kind == "llava" else None)
@@ -107,14 +104,18 @@ def open_checkpoint(
         "projector": projector and Path(projector),
     }
     pool, found = _collect(main, sources)
-    wanted = config or _assemble(kind, raw, main, sources, found, partial)
+    wanted = config or combined_config(kind, raw, main, sources, found, partial)
     if config is None:
         has_head = any(room == "tower" and key.startswith("head.") for room, key in pool)
         wanted = dataclasses.replace(wanted, vision=dataclasses.replace(wanted.vision, pooler_head=has_head))
+    if wanted.encoder_decoder:
+        pool = _without_aliases(pool)
     if vocab is not None:
         wanted = dataclasses.replace(wanted, llm=dataclasses.replace(wanted.llm, vocab=vocab))
         pool |= {
-            at: grown(pool[at], vocab) for at in (("llm", "embed_tokens.weight"), ("head", "weight")) if at in pool
+            at: grown(pool[at], vocab)
+            for at in (("llm", "embed_tokens.weight"), ("llm", names.SHARED.key), ("head", "weight"))
+            if at in pool
         }
     leaves, missing = _leaves(wanted, pool, main, partial)
     text = raw.get("text_config") or raw
@@ -137,13 +138,18 @@ def load(checkpoint: Checkpoint, place: Place, paths: Iterable[str] | None = Non
 
 
 def model_directory(directory: str | os.PathLike) -> Path:
-    """`directory` itself, or the export of the training run that it is (whose own config.json is a recipe)."""
+    """`directory` itself, a model's or an adapter's, or the export of the training run that it is (whose own config.json is a
+    recipe).
+    """
     directory = Path(directory)
     own = directory / "config.json"
+    if read_manifest(directory).kind == "adapter":
+        return directory
     if own.is_file() and read_json(own).keys() & {"model_type", "mm_vision_tower"}:
         return directory
-    if (directory / "export" / "config.json").is_file():
-        return directory / "export"
+    export = directory / "export"
+    if (export / "config.json").is_file() or read_manifest(export).kind == "adapter":
+        return export
     if (directory / "checkpoints").is_dir():
         raise CheckpointError(
             f"{directory} is a training run without an export: write one with "
@@ -161,13 +167,13 @@ def kind_of(raw: Mapping[str, Any], directory: Path) -> str:
         return "llava_hf"
     if model.startswith("llava") or "mm_vision_tower" in raw:
         return "llava"
-    if model in ("llama", "mistral"):
+    if model in ("llama", "mistral", "t5"):
         return "llm"
     hint = ": give it with --vision beside a language model" if "clip" in model or "siglip" in model else ""
     if (directory / "export" / "config.json").is_file():
         hint = f": it is of a training run, whose model is {directory / 'export'}"
     raise CheckpointError(
-        f"{directory / 'config.json'} is of model_type {model!r}, not a LLaVA model, Llama or Mistral{hint}"
+        f"{directory / 'config.json'} is of model_type {model!r}, not a LLaVA model, Llama, Mistral or T5{hint}"
     )
 
 
@@ -191,7 +197,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
                 return read_tensors(path / "mm_projector.bin")
             if any(path.glob("adapter_model.*")):
                 raise CheckpointError(
-                    f"{path} holds a LoRA adapter without its base model: merge it into the base first"
+                    f"{path} holds the weights of an adapter but no adapter_config.json: copy that file too"
                 ) from None
             raise
     return read_file(path) if path.suffix == ".safetensors" else read_tensors(path)
@@ -225,77 +231,12 @@ def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict
     return pool, found
 
 
-def _assemble(
-    kind: str,
-    raw: dict,
-    main: Path,
-    sources: Mapping[str, Path | None],
-    found: Mapping[str, list[str]],
-    partial: bool,
-) -> VLMConfig:
-    """The config of the combined model; a tower that is nowhere has the default sizes if `partial`."""
-    where = str(main / "config.json")
-    tower = read_vision_directory(sources["tower"]) if sources["tower"] else None
-    if kind == "llm":
-        if tower is None and not partial:
-            raise CheckpointError(
-                f"{main} is a language model: give a vision tower with --vision, and a projector with --projector"
-            )
-        config = VLMConfig(vision=tower or VisionConfig(), llm=llm_from_hf(raw, where))
-    elif kind == "llava":
-        config = vlm_from_llava(raw, where, tower, main)
-    else:
-        config = vlm_from_hf(raw, where, processor_settings(main))
-        if tower is not None:
-            config = dataclasses.replace(
-                config, vision=_with_features(tower, config.vision.feature_layers, config.vision.select)
-            )
-    if sources["llm"]:
-        config = dataclasses.replace(
-            config,
-            llm=llm_from_hf(read_json(sources["llm"] / "config.json"), str(sources["llm"] / "config.json")),
-        )
-    if sources["projector"]:
-        config = _with_projector(config, sources["projector"], found["projector"])
-    return config
-
-
-def _with_projector(config: VLMConfig, source: Path, found: list[str]) -> VLMConfig:
-    """The projector as its tensors say, reading the features that the config.json beside it says."""
-    kind = names.projector_kind(found)
-    config = dataclasses.replace(
-        config,
-        projector=ProjectorConfig(kind, bias=any(n.endswith("bias") for n in found if "projector" in n)),
-    )
-    beside = (source if source.is_dir() else source.parent) / "config.json"
-    settings = read_json(beside) if beside.is_file() else {}
-    if "mm_vision_select_layer" in settings:
-        config = dataclasses.replace(
-            config,
-            vision=_with_features(config.vision, **feature_settings(settings, str(beside))),
-            aspect=settings.get("image_aspect_ratio")
-            if settings.get("image_aspect_ratio") in ("square", "pad")
-            else config.aspect,
-        )
-    return config
-
-
-def _with_features(vision: VisionConfig, feature_layers: tuple[int, ...], select: str) -> VisionConfig:
-    """A tower read at other layers; SigLIP has no class token to drop."""
-    return dataclasses.replace(
-        vision, feature_layers=feature_layers, select="full" if vision.kind == "siglip" else select
-    )
-
-
-def processor_settings(directory: Path) -> dict[str, Any] | None:
-    """Image processor settings of an HF directory: preprocessor_config.json, or nested in
-    processor_config.json (transformers 5).
-    """
-    if (directory / "preprocessor_config.json").is_file():
-        return read_json(directory / "preprocessor_config.json")
-    if (directory / "processor_config.json").is_file():
-        return read_json(directory / "processor_config.json").get("image_processor")
-    return None
+def _without_aliases(pool: Pool) -> Pool:
+    """T5's embedding under its one name; a checkpoint may hold it under several, or under another one alone."""
+    aliases = [("llm", key) for key in names.ALIASES]
+    table = next((pool[at] for at in (("llm", names.SHARED.key), *aliases) if at in pool), None)
+    rest = {at: tensor for at, tensor in pool.items() if at not in aliases}
+    return rest if table is None else rest | {("llm", names.SHARED.key): table}
 
 
 def _leaves(config: VLMConfig, pool: Pool, main: Path, partial: bool) -> tuple[dict[str, Leaf], tuple[str, ...]]:

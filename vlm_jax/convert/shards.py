@@ -172,23 +172,30 @@ def write_directory(
     directory: Path,
     tensors: Iterable[Planned],
     max_shard: int = 5 * 10**9,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """`model.safetensors`, or `model-0000i-of-0000N.safetensors` with an index when more than one shard is
-    needed.
+    needed; `progress(bytes written, bytes in all)` after each tensor.
     """
-    tensors = list(tensors)
+    tensors, done = list(tensors), 0
+    total = sum(tensor.size for tensor in tensors)
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
     shards = plan_shards(tensors, max_shard)
     if len(shards) == 1:
-        write_file(directory / SINGLE, shards[0], progress)
+        write_file(directory / SINGLE, shards[0], count)
         return
     places = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard, progress)
+        write_file(directory / name, shard, count)
         places.update({tensor.name: name for tensor in shard})
     totals = {
         "total_parameters": sum(math.prod(t.shape) for t in tensors),
-        "total_size": sum(t.size for t in tensors),
+        "total_size": total,
     }
     write_json(directory / INDEX, {"metadata": totals, "weight_map": places})

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ from vlm_jax.convert import torch_pickle
 from vlm_jax.convert.files import staging, write_json
 from vlm_jax.convert.hf_config import vlm_to_hf
 from vlm_jax.convert.llava_config import vlm_to_llava
+from vlm_jax.convert.manifest import write_manifest
+from vlm_jax.convert.merge import merged_parameters
 from vlm_jax.convert.names import Entry
 from vlm_jax.convert.processor_files import CHAT_TEMPLATE, START_END, preprocessor_config, processor_config
 from vlm_jax.convert.read import Checkpoint
 from vlm_jax.convert.shards import Planned, write_directory
+from vlm_jax.convert.t5_config import TOKENS as T5_TOKENS
 from vlm_jax.convert.tensors import (
     DTYPES,
     TORCH_NAMES,
@@ -66,11 +69,12 @@ def export(
     tower: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the model of `config` and flat `params` to `directory`, all of it or nothing.
+    """Write the model of `config` and flat `params` to `directory`, all of it or nothing; adapters are merged into it.
 
     params: {path: numpy or jax array, or anything with shape, dtype and read(index)}; tower parameters that
     no computation needs may be missing and are then neutral. names: hf, hf_4.52, hf_5, hf_5_saved
-    (LlavaForConditionalGeneration), llava (the original program) or source. dtype: f32, f16, bf16 (default:
+    (LlavaForConditionalGeneration), llava (the original program) or source; an encoder-decoder has one
+    naming, clip_t5 (CLIP-FlanT5's, whose T5 has the names of T5ForConditionalGeneration), or source. dtype: f32, f16, bf16 (default:
     as the parameters are). max_shard: bytes. source: the checkpoint that the model came from; its tokenizer,
     processor and generation files are copied. tokenizer: directory of the tokenizer; for hf names `<image>`
     and `<pad>` are added to it and the vocabulary grows to hold them. image_token: id of the image token when
@@ -78,11 +82,12 @@ def export(
     pad_token_id. tower: what an original config.json names as mm_vision_tower. progress(done, total): bytes
     written.
     """
-    if names not in ("source", *naming.NAMINGS):
+    if names not in ("source", *naming.NAMINGS, *naming.T5_NAMINGS):
         raise CheckpointError(f"names={names!r} is unknown: use source, {', '.join(naming.NAMINGS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype={dtype!r} is unknown: use {', '.join(DTYPES)}")
-    leaves = as_leaves(params)
+    config, leaves = merged_parameters(config, params)
+    names = _naming_for(config, names)
     if names == "source":
         config_json = _source_config(source, config, dtype)
         extra = None
@@ -90,7 +95,7 @@ def export(
         tokens = dict(tokens or (source.tokens if source else {}))
         extra = _tokenizer(names, tokenizer, source)
         stored = TORCH_NAMES[DTYPES[dtype] if dtype else _main_dtype(leaves)]
-        if names == "llava":
+        if names in naming.ORIGINAL:
             config_json = vlm_to_llava(config, tokens, stored, tower, _start_end(source))
         else:
             if image_token is None:
@@ -98,18 +103,20 @@ def export(
             config, image_token, tokens = _with_special_tokens(config, image_token, tokens, extra)
             config_json = vlm_to_hf(config, image_token, tokens, stored)
     planned = plan(config, leaves, names, dtype, source)
-    total = sum(tensor.size for tensor in planned)
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
     with staging(directory) as stage:
-        write_directory(stage, planned, max_shard, count)
+        write_directory(stage, planned, max_shard, progress)
         _write_files(stage, config, names, source, tokenizer, extra, tokens, chat_template)
         write_json(stage / "config.json", config_json)
+        write_manifest(stage, "model")
+
+
+def _naming_for(config: VLMConfig, names: str) -> str:
+    """The naming in which a model of `config` is written when `names` is asked for."""
+    if names == "clip_t5" and not config.encoder_decoder:
+        raise CheckpointError(
+            "names=clip_t5 is the layout of models on T5, this model has a decoder: export with names=hf"
+        )
+    return "clip_t5" if config.encoder_decoder and names != "source" else names
 
 
 def export_projector(
@@ -123,7 +130,8 @@ def export_projector(
         raise CheckpointError(
             f"{path} would be empty: a model with projector {config.projector.kind} has no projector parameters"
         )
-    planned = plan(config, leaves, "llava", dtype, rooms=("projector",))
+    names = _naming_for(config, "llava")
+    planned = plan(config, leaves, names, dtype, entries=naming.entries(config, ("projector",)))
     torch_pickle.save(path, {tensor.name: tensor.read() for tensor in planned})
 
 
@@ -133,13 +141,13 @@ def plan(
     names: str,
     dtype: str | None = None,
     source: Checkpoint | None = None,
-    rooms: tuple[str, ...] = naming.ROOMS,
+    entries: Iterable[Entry] | None = None,
 ) -> list[Planned]:
-    """Every tensor to write: name, shape, type, and a function that reads its values; a missing parameter
-    raises.
+    """Every tensor to write (of `entries`, default: the whole model): name, shape, type, and a function that
+    reads its values; a missing parameter raises.
     """
     planned = []
-    for entry in naming.entries(config, rooms):
+    for entry in naming.entries(config) if entries is None else entries:
         leaf = leaves.get(entry.path)
         if leaf is None and not entry.optional:
             raise CheckpointError(f"the parameters lack {entry.path}, which a model of this config has")
@@ -225,7 +233,7 @@ def _source_config(source: Checkpoint | None, config: VLMConfig, dtype: str | No
 
 def _tokenizer(names: str, tokenizer: str | os.PathLike | None, source: Checkpoint | None) -> TokenizerFiles | None:
     """Tokenizer files with the image token, for an HF export of a model whose tokenizer has none yet."""
-    if names == "llava":
+    if names in naming.ORIGINAL:
         return None
     directory = Path(tokenizer) if tokenizer else source.directory if source and source.kind != "llava_hf" else None
     if directory is None or not (tokenizer or any((directory / name).is_file() for name in COPIED[:2])):
@@ -260,7 +268,9 @@ def _write_files(
 ) -> None:
     """Everything beside weights and config.json: what the source has is copied, the rest is made."""
     origin = Path(tokenizer) if tokenizer else source.directory if source else None
-    same_family = source is not None and (names == "source" or (source.kind == "llava_hf") == (names != "llava"))
+    same_family = source is not None and (
+        names == "source" or (source.kind == "llava_hf") == (names not in naming.ORIGINAL)
+    )
     copied = set(COPIED if extra is None and origin is not None else ())
     for name in sorted(copied):
         if (origin / name).is_file():
@@ -277,8 +287,8 @@ def _write_files(
     if names == "source":
         return
     if not (stage / "generation_config.json").is_file():
-        write_json(stage / "generation_config.json", dict(tokens or {}))
-    if names == "llava" or any((stage / name).is_file() for name in PROCESSOR[:2]):
+        write_json(stage / "generation_config.json", {**(T5_TOKENS if names == "clip_t5" else {}), **(tokens or {})})
+    if names in naming.ORIGINAL or any((stage / name).is_file() for name in PROCESSOR[:2]):
         return
     write_json(stage / "preprocessor_config.json", preprocessor_config(config))
     write_json(stage / "processor_config.json", processor_config(config.vision))

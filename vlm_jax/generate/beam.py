@@ -90,9 +90,8 @@ def _start(config, compute, params, batch, *, new: int, width: int, keep: int) -
         logits, cache = read_prompts(vlm.build(config, params), compute, batch, batch["tokens"].shape[1] + new)
     scores = jnp.where(jnp.arange(width) == 0, 0.0, HOPELESS)
     scores = jnp.broadcast_to(scores, (logits.shape[0], width))
-    cache = cache._replace(
-        k=jnp.repeat(cache.k, width, 1), v=jnp.repeat(cache.v, width, 1), segments=jnp.repeat(cache.segments, width, 0)
-    )
+    # keys and values have their rows behind the layers, segments in front; the index is of all rows
+    cache = jax.tree.map(lambda x: jnp.repeat(x, width, 1 if x.ndim == 5 else 0) if x.ndim else x, cache)
     positions = batch["segments"].sum(axis=1, dtype=jnp.int32)
     return _best(jnp.repeat(logits, width, 0), scores, keep), cache, jnp.repeat(positions, width, 0)
 

@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.images import ImageSource
+from vlm_jax.data.image_source import ImageSource
+from vlm_jax.generate.adapters import adapter_flags
 from vlm_jax.generate.decode import Decoding, Generator
 from vlm_jax.generate.load import Loaded, load_model, usual_mesh
 
@@ -39,10 +40,12 @@ class Question:
 
 def generate(
     model: str, *, image: Sequence[str] = (), prompt: str = "", questions: str = "", image_folder: str = "", out: str = "",
-    template: str = "", dtype: str = "", batch: int = 8, seed: int = 0, stop: Sequence[str] = (), **decoding: Any,
+    template: str = "", dtype: str = "", batch: int = 8, seed: int = 0, stop: Sequence[str] = (), quant: str = "",
+    adapter: Sequence[str] = (), use: Sequence[str] = (), **decoding: Any,
 ) -> None:  # fmt: skip
     """Print the answer to `prompt` about all of `image`, or write the answers to the `questions` file to `out` (both JSONL).
 
+    quant, adapter, use: see generate.load.load_model and generate.adapters.adapter_flags.
     decoding: further fields of generate.decode.Decoding (max_new_tokens, temperature, top_k, top_p, beams ...).
     """
     if bool(prompt) == bool(questions):
@@ -54,7 +57,9 @@ def generate(
     how = Decoding(stop=tuple(stop), **decoding)
     asked = list(read_questions(questions)) if questions else [Question(0, prompt, tuple(image), "--prompt")]
     mesh = usual_mesh()
-    loaded = load_model(model, dtype=dtype, mesh=mesh, template_name=template)
+    loaded = load_model(
+        model, dtype=dtype, mesh=mesh, template_name=template, quant=quant, **adapter_flags(adapter, use)
+    )
     generator = loaded.generator(dtype=dtype, mesh=mesh, batch_size=batch)
     answers = answer(loaded, generator, asked, how, seed, image_folder if questions else "")
     if not questions:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.generate import stop
+from vlm_jax.generate.adapters import Switch, Weights, switch_of
 from vlm_jax.generate.beam import beam_search
 from vlm_jax.generate.programs import Programs, programs
 from vlm_jax.generate.rows import Placed, Prompt, batch_of, bucket, place, power_of_two
@@ -77,21 +78,27 @@ class Generator:
 
     params: {"path": array} of `config`; they are placed on `mesh` if one is given. tokenizer: needed for text, anything with
     encode/decode as in data.tokenizer. eos: ids that end an answer (default: the tokenizer's). batch_size: rows computed together.
+    adapters: those that `use` chooses among.
     """
 
     def __init__(
         self, config: VLMConfig, params: Mapping[str, Any], tokenizer: Any = None, *, compute: Compute = Compute(),
         mesh: Mesh | None = None, eos: Sequence[int] | None = None, batch_size: int = 8,
+        adapters: Switch | None = None,
     ):  # fmt: skip
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         if eos is None:
             eos = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.config, self.tokenizer, self.compute, self.mesh = config, tokenizer, compute, mesh
-        self.eos, self.batch_size = tuple(int(i) for i in eos), batch_size
+        self.eos, self.batch_size, self.adapters = tuple(int(i) for i in eos), batch_size, adapters
         with self.place():
             placing = vlm.shardings(config)
             self.params = jax.device_put(dict(params), placing) if placing else jax.tree.map(jnp.asarray, dict(params))
+
+    def use(self, weights: Weights) -> None:
+        """Answer with the adapters mixed by {name: weight} from now on; {} is the base. Nothing is compiled again."""
+        self.params = self.params | switch_of(self.adapters).values(weights)
 
     def place(self) -> contextlib.AbstractContextManager:
         """Context in which the programs run."""
@@ -158,7 +165,9 @@ class Generator:
     def _rows_together(self, placed: Sequence[Placed], how: Decoding) -> int:
         """batch_size, or 1 where dynamic rope would stretch every row by the longest of the batch (as transformers does)."""
         longest = max(map(len, placed), default=0) + how.max_new_tokens
-        stretched = self.config.llm.rope.kind == "dynamic" and longest > self.config.llm.max_position
+        llm = self.config.llm
+        dynamic = not self.config.encoder_decoder and llm.rope.kind == "dynamic"
+        stretched = dynamic and longest > llm.max_position
         return 1 if stretched else max(1, self.batch_size // how.beams)
 
     def on_device(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -1,14 +1,19 @@
 """A model directory as everything that answering needs: config, parameters on their devices, tokenizer, preprocessing, template.
 
 HF LLaVA directory, original LLaVA directory   config.json + weights + tokenizer files
+adapter directory                              the adapter on the base that it names, as it was trained
 run directory of ours                          the export in it
+
+`adapters` puts several adapters on one base, to be chosen by `use`; `quant` keeps the kernels of the decoder in 4 or 8 bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +22,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from vlm_jax.config import VLMConfig, one_of
+from vlm_jax.config import QuantConfig, VLMConfig, one_of
 from vlm_jax.convert.files import read_json
+from vlm_jax.convert.merge import open_model
 from vlm_jax.convert.processor_files import START_END
-from vlm_jax.convert.read import Checkpoint, model_directory, open_checkpoint
-from vlm_jax.convert.read import load as read_parameters
+from vlm_jax.convert.read import Checkpoint, model_directory
+from vlm_jax.convert.tokenizer_files import COPIED
 from vlm_jax.data.chat_template import named_template
-from vlm_jax.data.images import ImageSource, Preprocess, load_views
+from vlm_jax.data.image_source import ImageSource
+from vlm_jax.data.images import Preprocess, load_views
 from vlm_jax.data.tasks import prompt
 from vlm_jax.data.templates import Template, template, template_of_model
 from vlm_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from vlm_jax.generate.adapters import Switch, Weights, open_adapters, switch_of
 from vlm_jax.generate.decode import Generator
 from vlm_jax.generate.rows import Picture, Prompt
 from vlm_jax.models import vlm
+from vlm_jax.models.adapters import stored_dtype
+from vlm_jax.models.quantised import quantised
 from vlm_jax.models.vlm import Compute
+from vlm_jax.nn.quantise import is_quantised
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -39,11 +50,13 @@ _OF_CHAT_TEMPLATE = (
     ("<|im_start|>", "chatml_direct"), ("<<SYS>>", "llama_2"), ("[INST]", "mistral_instruct"), ("ASSISTANT", "v1"), ("###", "llava_v0")
 )  # fmt: skip
 
+Read = Callable[[Any], np.ndarray]  # a slice of a parameter, by index
+
 
 class Loaded(NamedTuple):
     """A model directory, read: `template` is how dialogues are written for it, `eos` the ids that end an answer.
 
-    start_end: `<im_start>` and `<im_end>` stand around images.
+    start_end: `<im_start>` and `<im_end>` stand around images. adapters: those that `use` chooses among, None without any.
     """
 
     config: VLMConfig
@@ -53,6 +66,11 @@ class Loaded(NamedTuple):
     template: Template
     eos: tuple[int, ...]
     start_end: bool = False
+    adapters: Switch | None = None
+
+    def use(self, weights: Weights) -> Loaded:
+        """The same model with its adapters mixed by {name: weight}; {} is the base. Programs compiled for it are kept."""
+        return self._replace(params=self.params | switch_of(self.adapters).values(weights))
 
     def picture(self, image: ImageSource) -> Picture:
         """An image file as the model sees it; ImageError names it if it is broken."""
@@ -65,7 +83,9 @@ class Loaded(NamedTuple):
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """The template's separator after answers, unless it is an EOS token anyway."""
+        """The template's separator after answers, unless it is an EOS token anyway. A T5 answer is closed by its EOS alone."""
+        if self.config.encoder_decoder:
+            return ()
         end = self.template.sep2 if self.template.style in ("TWO", "LLAMA_2") else self.template.sep
         return (end,) if end and self.tokenizer.id_of(end) not in self.eos else ()
 
@@ -73,8 +93,9 @@ class Loaded(NamedTuple):
         """A Generator that computes in `dtype` (default: `usual_dtype`)."""
         compute = Compute(dtype=dtype or usual_dtype(), vision_dtype=dtype or usual_dtype())
         return Generator(
-            self.config, self.params, self.tokenizer, compute=compute, mesh=mesh, eos=self.eos, batch_size=batch_size
-        )
+            self.config, self.params, self.tokenizer, compute=compute, mesh=mesh, eos=self.eos, batch_size=batch_size,
+            adapters=self.adapters,
+        )  # fmt: skip
 
 
 def usual_dtype() -> str:
@@ -89,36 +110,68 @@ def usual_mesh() -> Mesh | None:
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1))
 
 
-def load_model(directory: str | Path, *, dtype: str = "", mesh: Mesh | None = None, template_name: str = "") -> Loaded:
+def load_model(
+    directory: str | Path, *, dtype: str = "", mesh: Mesh | None = None, template_name: str = "", quant: str | QuantConfig = "",
+    adapters: Mapping[str, str] | None = None, use: Weights | None = None,
+) -> Loaded:  # fmt: skip
     """Read a model directory. dtype: of the parameters on the devices (default: `usual_dtype`); template_name: default `template_for`.
 
-    Under a mesh every device reads only its slice of each parameter.
+    quant: "nf4" or "int8" quantises the decoder's blocks while they are read, a QuantConfig what it names. adapters: {name: directory}
+    for this model; use: which of them count, {name: weight} (default: the first). Under a mesh every device reads only its slice of
+    each parameter.
     """
     one_of("--dtype", dtype or usual_dtype(), ("float32", "bfloat16"))
     directory = model_directory(directory)
-    checkpoint = open_checkpoint(directory)
-    tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, checkpoint.config.llm.vocab, str(directory))
-    written = template(template_name or template_for(directory))
-    params = place(checkpoint, jnp.dtype(dtype or usual_dtype()), mesh)
-    start_end = bool(checkpoint.raw.get("mm_use_im_start_end")) or START_END in _chat_template(directory)
-    config = checkpoint.config
-    return Loaded(
+    opened = open_adapters(directory, adapters) if adapters else None
+    checkpoint = opened.base if opened else open_model(directory)
+    config = opened.config if opened else checkpoint.config
+    named = QuantConfig(quant) if isinstance(quant, str) and quant else quant
+    config = dataclasses.replace(config, quant=named or None)
+    home = directory if any((directory / name).is_file() for name in COPIED) else checkpoint.directory
+    tokenizer = load_tokenizer(home)
+    check_vocabulary(tokenizer, config.llm.vocab, str(home))
+    written = template(template_name or template_for(home))
+    stored = jnp.dtype(dtype or usual_dtype())
+    params = place(checkpoint, stored, mesh, config)
+    start_end = bool(checkpoint.raw.get("mm_use_im_start_end")) or START_END in _chat_template(home)
+    loaded = Loaded(
         config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end
     )
+    if opened is None:
+        return loaded
+
+    put = placer(config, stored, mesh)
+    params |= {path: put(path, value.__getitem__) for path, value in opened.leaves().items()}
+    switch = Switch(opened, lambda path, value: put(path, value.__getitem__))
+    return loaded._replace(adapters=switch).use({switch.names[0]: 1.0} if use is None else use)
 
 
-def place(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None) -> dict[str, jax.Array]:
-    """Every parameter of an open checkpoint as `dtype` on `mesh` (or the default device)."""
+def placer(config: VLMConfig, dtype: Any, mesh: Mesh | None) -> Callable[[str, Read], jax.Array]:
+    """(path, read(index)) -> the parameter on `mesh` (or the default device), in `dtype` unless it has a type of its own."""
     with contextlib.nullcontext() if mesh is None else rules.use(mesh):
-        shardings = vlm.shardings(checkpoint.config)
-    alone = SingleDeviceSharding(jax.devices()[0])
+        shardings = vlm.shardings(config)
+    alone, shapes = SingleDeviceSharding(jax.devices()[0]), vlm.shapes(config)
 
-    def put(path: str, shape: tuple[int, ...], stored: np.dtype, read: Any) -> jax.Array:
-        sharding = shardings[path] if shardings else alone
-        return jax.make_array_from_callback(shape, sharding, lambda index: read(index).astype(dtype))
+    def put(path: str, read: Read) -> jax.Array:
+        like, sharding = shapes[path], shardings[path] if shardings else alone
+        stored = stored_dtype(path, dtype, like.dtype)
+        return jax.make_array_from_callback(like.shape, sharding, lambda index: np.asarray(read(index)).astype(stored))
 
-    return read_parameters(checkpoint, put)
+    return put
+
+
+def place(
+    checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None, config: VLMConfig | None = None
+) -> dict[str, jax.Array]:
+    """Every parameter of an open checkpoint in `dtype` on `mesh`. config: the model it is for (default: its own), which may quantise
+    kernels; adapters of that model which are not in the checkpoint are left out."""
+    config = config or checkpoint.config
+    put, source = placer(config, dtype, mesh), quantised(checkpoint, config)
+    return {
+        path: put(path, functools.partial(source.read, path))
+        for path in vlm.shapes(config)
+        if path in checkpoint.leaves or is_quantised(path)
+    }
 
 
 def template_for(directory: Path) -> str:

@@ -1,6 +1,7 @@
 """The compiled halves of decoding: one prefill over the prompts, then a while-loop of single-token steps over a static cache.
 
-    prefill   rows [B, T] -> cache [L, B, T + N, K, H] with T slots filled, and the first new token of every row
+    prefill   rows [B, T] -> cache [L, B, T + N, K, H] with T slots filled, and the first new token of every row;
+              with an encoder-decoder a cache of N slots, and what the encoder made of the T
     decode    until `upto` tokens exist or every row is done: embed the last token, attend to the cache, choose the next
     grow      more room N for new tokens, so that short answers never pay for the longest one allowed
 Each is compiled once per (B, T, I, N); the cache is donated, so a step updates it in place.
@@ -21,6 +22,7 @@ from vlm_jax.config import VLMConfig
 from vlm_jax.generate.sampling import Settings, choose, penalise
 from vlm_jax.models import vlm
 from vlm_jax.models.llama import Cache, empty_cache
+from vlm_jax.models.t5 import START, T5Cache
 from vlm_jax.models.vlm import VLM, Compute
 from vlm_jax.parallel.rules import shard
 
@@ -32,7 +34,7 @@ class State(NamedTuple):
     int32 [B]: its position; done bool [B]; keys [B]: random keys; seen bool [B, V]: tokens to be penalised (None: not asked for).
     """
 
-    cache: Cache
+    cache: Cache | T5Cache
     out: jax.Array
     token: jax.Array
     position: jax.Array
@@ -68,8 +70,14 @@ def exact(compute: Compute) -> contextlib.AbstractContextManager:
 
 
 def read_prompts(model: VLM, compute: Compute, batch: Mapping[str, jax.Array], slots: int) -> tuple[jax.Array, Cache]:
-    """Run the prompts [B, T] through the model: (float32 logits [B, V] after the last slot, cache of `slots` slots)."""
-    rows = batch["tokens"].shape[0]
+    """Run the prompts [B, T] through the model: (float32 logits [B, V] of what follows, cache of `slots` slots).
+
+    An encoder-decoder has read its prompts apart: its cache has slots - T.
+    """
+    rows, read = batch["tokens"].shape
+    if model.config.encoder_decoder:
+        cache = model.llm.start(model.encode(batch, compute), batch["segments"], slots - read)
+        return read_token(model, compute, cache, jnp.full(rows, START, jnp.int32), jnp.zeros(rows, jnp.int32))
     cache = empty_cache(model.config.llm, rows, slots, jnp.dtype(compute.dtype))
     split = (None, "batch", None, "act_heads", None)
     cache = cache._replace(k=shard(cache.k, *split), v=shard(cache.v, *split))
@@ -96,7 +104,7 @@ def _prefill(
     real = batch["segments"] > 0
     seen = None
     if not plain:
-        text = real & (batch["image_slots"] < 0)
+        text = real & (batch["image_slots"] < 0) & (not config.encoder_decoder)  # its decoder has written nothing yet
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], batch["tokens"]].max(text)
     token = _next(logits, keys, settings, seen, jnp.int32(0), plain)
     state = State(

@@ -15,21 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vlm_jax.config import REMATS, LLMConfig, one_of
+from vlm_jax.config import LLMConfig
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from vlm_jax.nn.params import normal, param, scan, stack
+from vlm_jax.nn.params import scan, stack
+from vlm_jax.nn.remat import remat as wrapper
 from vlm_jax.nn.rope import Rope, rope_tables, rotate
 from vlm_jax.parallel.rules import shard
-
-# What the backward pass finds saved, by name: "none" saves everything, "full" only the block inputs, "linears" every matrix
-# product (recomputes softmax, norms and activations), "attention" the attention output.
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "linears": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "o", "gate_up", "down"),
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-}
 
 
 class Cache(NamedTuple):
@@ -108,11 +100,13 @@ class Block(nnx.Module):
         return shard(x + self.mlp(self.norm2(x)), "batch", "length", None), stored
 
 
-class Head(nnx.Module):
-    """Output projection [D, V] to the vocabulary."""
+class Head(Linear):
+    """Output projection [D, V] to the vocabulary; the loss takes its kernel whole, to compute logits a few slots at a time."""
+
+    called = False
 
     def __init__(self, c: LLMConfig, rngs: nnx.Rngs):
-        self.kernel = param(rngs, normal(c.init_std), (c.width, c.vocab), ("embed", "vocab"))
+        super().__init__(c.width, c.vocab, ("embed", "vocab"), rngs, bias=False, std=c.init_std)
 
 
 class Llama(nnx.Module):
@@ -138,7 +132,6 @@ class Llama(nnx.Module):
 
         With a cache the T slots are written at cache.index and attend to everything before them in their segment.
         """
-        one_of("remat", remat, REMATS)
         c, stored, offset, keys = self.config, None, 0, segments
         if cache is not None:
             offset = cache.index
@@ -154,16 +147,14 @@ class Llama(nnx.Module):
             x, written = block(x, ctx, None if stored is None else (*stored, layer))
             return (x, None if stored is None else written[:2]), None
 
-        policy = REMAT[remat]
-        wrap = None if remat == "none" else functools.partial(jax.checkpoint, policy=policy)
-        (x, stored), _ = scan(self.blocks, step, (x, stored), jnp.arange(c.layers), wrap)
+        (x, stored), _ = scan(self.blocks, step, (x, stored), jnp.arange(c.layers), wrapper(remat))
         if cache is not None:
             cache = Cache(*stored, keys, offset + x.shape[1])
         return self.norm(x), cache
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed embedding where the head is tied."""
-        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return self.embed.embedding[...].T if self.head is None else self.head.weight()
 
 
 def empty_cache(c: LLMConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:

@@ -13,11 +13,13 @@ import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.config import VisionConfig
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.layers import ACTIVATIONS, LayerNorm, Linear
 from vlm_jax.nn.params import normal, param, scan, stack
+from vlm_jax.nn.remat import remat as wrapper
 from vlm_jax.parallel.rules import shard
 
 
@@ -32,8 +34,9 @@ class SelfAttention(nnx.Module):
         self.o = Linear(c.width, c.width, ("heads", "embed"), rngs, bias=True, std=c.init_std)
 
     def __call__(self, x: jax.Array, impl: str) -> jax.Array:
-        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        return self.o(attention(q, k, v, Mask(), impl).reshape(x.shape))
+        q, k, v = (checkpoint_name(f(x), "qkv").reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
+        out = checkpoint_name(attention(q, k, v, Mask(), impl), "attention")
+        return checkpoint_name(self.o(out.reshape(x.shape)), "o")
 
 
 class MLP(nnx.Module):
@@ -45,7 +48,7 @@ class MLP(nnx.Module):
         self.act = c.act
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.act](self.up(x)))
+        return checkpoint_name(self.down(ACTIVATIONS[self.act](checkpoint_name(self.up(x), "gate_up"))), "down")
 
 
 class Block(nnx.Module):
@@ -114,13 +117,17 @@ class VisionTower(nnx.Module):
         self.blocks = stack(lambda r: Block(c, r), c.used_layers, rngs) if c.used_layers else None
         self.unused = Unused(c, rngs)
 
-    def __call__(self, pixels: jax.Array, impl: str = "auto") -> jax.Array:
-        """Features of normalised pixels, in the dtype of `pixels`."""
-        states = self.hidden_states(pixels, impl)
+    def features(self, images: jax.Array, dtype: jnp.dtype, impl: str = "auto", remat: str = "none") -> jax.Array:
+        """Features [N, P, C] of images [N, S, S, 3], uint8 or normalised, computed in `dtype`."""
+        return self(shard(normalise(images, self.config, dtype), "batch", None, None, None), impl, remat)
+
+    def __call__(self, pixels: jax.Array, impl: str = "auto", remat: str = "none") -> jax.Array:
+        """Features of normalised pixels, in the dtype of `pixels`; remat: see nn.remat."""
+        states = self.hidden_states(pixels, impl, remat)
         features = jnp.concatenate(states, axis=-1)
         return features[:, 1:] if self.config.select == "patch" else features
 
-    def hidden_states(self, pixels: jax.Array, impl: str = "auto") -> list[jax.Array]:
+    def hidden_states(self, pixels: jax.Array, impl: str = "auto", remat: str = "none") -> list[jax.Array]:
         """The hidden states named by `feature_layers`, class token included; one scan, keeping only those asked for."""
         c = self.config
         x = self.patch(pixels)
@@ -139,7 +146,7 @@ class VisionTower(nnx.Module):
             x = shard(block(x, impl), "batch", None, None)
             return x, x if keep else None
 
-        x, states = scan(self.blocks, step, x)
+        x, states = scan(self.blocks, step, x, remat=wrapper(remat))
         if not keep:
             return [x] * len(c.hidden_indices)
         return [first if i == 0 else states[i - 1] for i in c.hidden_indices]

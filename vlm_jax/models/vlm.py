@@ -1,7 +1,9 @@
-"""The assembled model: tower -> projector -> slots -> decoder, and its life as a flat dict of arrays.
+"""The assembled model: tower -> projector -> slots -> language model, and its life as a flat dict of arrays.
 
 batch (all [B, ...], see data.packing): tokens, image_slots, positions, segments int32 [B, T]; images uint8 [B, I, S, S, 3]
-forward(model, batch) -> hidden [B, T, D];   logits = hidden @ model.llm.head_kernel()
+                                or features [B, I, P, C] of a frozen tower in their place; for an encoder-decoder
+                                also answer_tokens, answer_segments int32 [B, U]
+forward(model, batch) -> hidden [B, T, D] or, of the answers, [B, U, D];   logits = hidden @ model.llm.head_kernel()
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from flax import nnx
 
 from vlm_jax.config import VLMConfig
 from vlm_jax.models import scratch
+from vlm_jax.models.adapters import attach
 from vlm_jax.models.llama import Cache, Llama
 from vlm_jax.models.merge import merge_images
 from vlm_jax.models.projectors import Projector
-from vlm_jax.models.vit import VisionTower, normalise
+from vlm_jax.models.t5 import T5, T5Cache
+from vlm_jax.models.vit import VisionTower
 from vlm_jax.nn.params import Params, logical_axes, merge, normal, param, split
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.rules import shard
@@ -37,7 +41,7 @@ class Compute:
 
 
 class VLM(nnx.Module):
-    """A LLaVA-family decoder-only vision-language model."""
+    """A vision-language model around a decoder (LLaVA) or around an encoder and a decoder (CLIP-FlanT5)."""
 
     def __init__(self, c: VLMConfig, rngs: nnx.Rngs):
         self.config = c
@@ -45,16 +49,20 @@ class VLM(nnx.Module):
         self.projector = Projector(c.projector, c.vision.feature_width, c.llm.width, rngs)
         newline = normal(c.llm.width**-0.5)
         self.image_newline = param(rngs, newline, (c.llm.width,), (None,)) if c.image_newline else None
-        self.llm = Llama(c.llm, rngs)
+        self.llm = (T5 if c.encoder_decoder else Llama)(c.llm, rngs)
 
     def encode_images(self, images: jax.Array, compute: Compute = Compute()) -> jax.Array:
         """[B, I, S, S, 3] uint8 or normalised floats -> projected features [B, I*P, D]."""
         B, I = images.shape[:2]
         flat = images.reshape(B * I, *images.shape[2:])
-        pixels = normalise(flat, self.config.vision, jnp.dtype(compute.vision_dtype))
-        features = self.tower(shard(pixels, "batch", None, None, None), compute.attention)
-        projected = self.projector(features.astype(compute.dtype))
-        return shard(projected.reshape(B, -1, projected.shape[-1]), "batch", None, None)
+        features = self.tower.features(flat, jnp.dtype(compute.vision_dtype), compute.attention, compute.remat)
+        return self.project(features.reshape(B, I, *features.shape[1:]), compute)
+
+    def project(self, features: jax.Array, compute: Compute = Compute()) -> jax.Array:
+        """The tower's features [B, I, P, C] -> [B, I*P, D]."""
+        B, I, P, C = features.shape
+        projected = self.projector(features.reshape(B * I, P, C).astype(compute.dtype))
+        return shard(projected.reshape(B, I * P, -1), "batch", None, None)
 
     def embed(
         self, tokens: jax.Array, image_slots: jax.Array, features: jax.Array | None, compute: Compute = Compute()
@@ -66,13 +74,30 @@ class VLM(nnx.Module):
         newline = None if self.image_newline is None else self.image_newline[...]
         return merge_images(x, features, image_slots, newline)
 
-    def __call__(
-        self, batch: Mapping[str, jax.Array], cache: Cache | None = None, compute: Compute = Compute()
-    ) -> tuple[jax.Array, Cache | None]:
-        """Batch -> (hidden [B, T, D], cache). A batch without "images" is text only (a decoding step)."""
+    def inputs(self, batch: Mapping[str, jax.Array], compute: Compute = Compute()) -> jax.Array:
+        """What the language model reads [B, T, D]. Images come as pixels or as the tower's "features"; without both it is text only."""
         features = self.encode_images(batch["images"], compute) if "images" in batch else None
-        x = self.embed(batch["tokens"], batch.get("image_slots"), features, compute)
-        return self.llm(x, batch["positions"], batch["segments"], cache, compute.attention, compute.remat)
+        features = self.project(batch["features"], compute) if "features" in batch else features
+        return self.embed(batch["tokens"], batch.get("image_slots"), features, compute)
+
+    def encode(self, batch: Mapping[str, jax.Array], compute: Compute = Compute()) -> jax.Array:
+        """Hidden states [B, T, D] of the encoder of an encoder-decoder."""
+        return self.llm.encode(self.inputs(batch, compute), batch["segments"], compute.attention, compute.remat)
+
+    def __call__(
+        self, batch: Mapping[str, jax.Array], cache: Cache | T5Cache | None = None, compute: Compute = Compute()
+    ) -> tuple[jax.Array, Cache | T5Cache | None]:
+        """Batch -> (hidden [B, T, D], cache); of an encoder-decoder the hidden states of its answers [B, U, D].
+
+        With an encoder-decoder's cache, which holds what was encoded, the batch is decoder tokens and segments [B, U].
+        """
+        how = compute.attention, compute.remat
+        if not self.config.encoder_decoder:
+            return self.llm(self.inputs(batch, compute), batch["positions"], batch["segments"], cache, *how)
+        if cache is not None:
+            return self.llm.append(batch["tokens"], batch["segments"], cache, compute.attention)
+        answers = batch["answer_tokens"], batch["answer_segments"]
+        return self.llm.decode(*answers, self.encode(batch, compute), batch["segments"], *how), None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D]."""
@@ -80,14 +105,19 @@ class VLM(nnx.Module):
 
 
 def forward(model: VLM, batch: Mapping[str, jax.Array], compute: Compute = Compute()) -> jax.Array:
-    """Final-normed hidden states [B, T, D] of a row batch."""
+    """Final-normed hidden states [B, T, D] of a row batch; those of its answers [B, U, D] where there is an encoder."""
     return model(batch, None, compute)[0]
 
 
 @functools.lru_cache(maxsize=32)
 def abstract(config: VLMConfig) -> VLM:
     """The model with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: VLM(config, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _make(config, 0))
+
+
+def _make(config: VLMConfig, seed: int) -> VLM:
+    """A random model with its adapters and quantised kernels."""
+    return attach(VLM(config, nnx.Rngs(seed)), config, seed)
 
 
 @functools.lru_cache(maxsize=32)
@@ -124,8 +154,8 @@ def init(config: VLMConfig, seed: int, dtypes: Mapping[str, str] | None = None) 
     dtypes = dtypes or {}
 
     def make() -> Params:
-        params = split(VLM(config, nnx.Rngs(seed)))[1]
-        params = scratch.draw(params, seed) if config.init == "scratch" else params
+        params = split(_make(config, seed))[1]
+        params = scratch.draw(params, seed, config) if config.init == "scratch" else params
         return {path: x.astype(dtypes.get(path, x.dtype)) for path, x in params.items()}
 
     return jax.jit(make, out_shardings=shardings(config))()

@@ -2,12 +2,12 @@
 
     attention(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], mask) -> [B,T,N,H]      query head n reads key head n // (N/K)
 
-| impl    | where        | causal | segments | window | bias | memory  | needs                                     |
-|---------|--------------|--------|----------|--------|------|---------|-------------------------------------------|
-| dense   | everywhere   | yes    | yes      | yes    | yes  | T S     | nothing: the reference                    |
-| chunked | everywhere   | yes    | yes      | yes    | yes  | T S / n | T a multiple of the chunk                 |
-| cudnn   | NVIDIA GPU   | yes    | as mask  | yes    | yes  | T S mask| 16-bit dtype, H % 8 == 0, H <= 128        |
-| splash  | TPU          | yes    | yes      | no     | no   | T + S   | T == S, a multiple of 128, no cache       |
+| impl    | where        | causal | segments | window | bias | diagonals, dropout | memory  | needs                               |
+|---------|--------------|--------|----------|--------|------|--------------------|---------|-------------------------------------|
+| dense   | everywhere   | yes    | yes      | yes    | yes  | yes                | T S     | nothing: the reference              |
+| chunked | everywhere   | yes    | yes      | yes    | yes  | yes                | T S / n | T a multiple of the chunk           |
+| cudnn   | NVIDIA GPU   | yes    | as mask  | yes    | yes  | no                 | T S mask| 16-bit dtype, H % 8 == 0, H <= 128  |
+| splash  | TPU          | yes    | yes      | no     | no   | no                 | T + S   | T == S, a multiple of 128, no cache |
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vlm_jax.config import ATTENTIONS, ConfigError, one_of
+from vlm_jax.nn import dropout
+from vlm_jax.nn.relative_position import toeplitz
 from vlm_jax.parallel import rules
 
 CHUNK = 512  # query slots per step of the chunked implementation
@@ -28,15 +30,17 @@ NEGATIVE = -1e30  # finite, so that a row without any key gives the mean of v an
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_segments", "k_segments", "q_offset", "bias"],
-    meta_fields=["causal", "window"],
+    data_fields=["q_segments", "k_segments", "q_offset", "bias", "diagonals"],
+    meta_fields=["causal", "window", "drop", "place"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Who may attend to whom. Query slot t has index t + q_offset among the key slots.
 
     causal: key slot <= query slot. window W: query - W < key slot (Mistral). Segments: equal ids only, 0 being padding
-    (padding sees padding, so that no softmax is empty). bias is added to the scores: [B|1, N|1, T, S].
+    (padding sees padding, so that no softmax is empty). bias is added to the scores: [B|1, N|1, T, S]. So are diagonals
+    [N, T + S - 1], as nn.relative_position says. drop: share of the attention weights that training zeroes, drawn under `place`
+    (see nn.dropout).
     """
 
     causal: bool = False
@@ -45,6 +49,9 @@ class Mask:
     k_segments: jax.Array | None = None
     q_offset: jax.Array | int = 0
     bias: jax.Array | None = None
+    diagonals: jax.Array | None = None
+    drop: float = 0.0
+    place: int = 0
 
     def allowed(self, queries: int, keys: int) -> jax.Array | None:
         """Boolean [B|1, 1, T, S], or None where everything is allowed.
@@ -64,6 +71,13 @@ class Mask:
         if self.q_segments is not None:
             parts.append((self.q_segments[:, :, None] == self.k_segments[:, None, :])[:, None])
         return functools.reduce(jnp.logical_and, parts) if parts else None
+
+    def whole_bias(self, queries: int, keys: int) -> jax.Array | None:
+        """bias and diagonals together [B|1, N|1, T, S], or None without both."""
+        if self.diagonals is None:
+            return self.bias
+        spread = toeplitz(self.diagonals, queries, keys)[None]
+        return spread if self.bias is None else self.bias + spread
 
 
 def attention(
@@ -86,6 +100,8 @@ def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
     static_start = isinstance(mask.q_offset, int) and mask.q_offset == 0
     if impl == "chunked" and queries % CHUNK:
         return f"{queries} query slots are not a multiple of {CHUNK}"
+    if impl in ("cudnn", "splash") and (mask.diagonals is not None or (mask.drop and dropout.drawing())):
+        return f"{impl} takes neither a bias by diagonals nor dropout here"
     if impl == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"cuDNN needs a 16-bit dtype, not {q.dtype}"
@@ -110,10 +126,11 @@ def choose(q: jax.Array, k: jax.Array, mask: Mask, platform: str) -> str:
 
 
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
-    return _scores_and_values(q, k, v, mask.allowed(q.shape[1], k.shape[1]), mask.bias, scale)
+    shape = q.shape[1], k.shape[1]
+    return _scores_and_values(q, k, v, mask.allowed(*shape), mask.whole_bias(*shape), scale, mask.drop, mask.place)
 
 
-def _scores_and_values(q, k, v, allowed, bias, scale) -> jax.Array:
+def _scores_and_values(q, k, v, allowed, bias, scale, drop, place) -> jax.Array:
     """Float32 softmax over the allowed scores; grouped heads as [B, K, G, T, S]."""
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -124,23 +141,31 @@ def _scores_and_values(q, k, v, allowed, bias, scale) -> jax.Array:
         scores = scores + wide.reshape(bias.shape[0], K, N // K, T, S)
     if allowed is not None:
         scores = jnp.where(allowed[:, :, None], scores, NEGATIVE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = dropout.dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), drop, place)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
 
 def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
     """Dense attention for CHUNK query slots at a time, recomputed in the backward pass."""
-    chunks = q.shape[1] // CHUNK
+    chunks, span = q.shape[1] // CHUNK, CHUNK + k.shape[1] - 1
 
     @jax.checkpoint
     def block(i: jax.Array) -> jax.Array:
         def cut(x, axis):
             return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * CHUNK, CHUNK, axis)
 
+        diagonals = mask.diagonals
+        if diagonals is not None:
+            diagonals = jax.lax.dynamic_slice_in_dim(diagonals, q.shape[1] - (i + 1) * CHUNK, span, 1)
         part = dataclasses.replace(
-            mask, q_segments=cut(mask.q_segments, 1), q_offset=mask.q_offset + i * CHUNK, bias=cut(mask.bias, 2)
+            mask,
+            q_segments=cut(mask.q_segments, 1),
+            q_offset=mask.q_offset + i * CHUNK,
+            bias=cut(mask.bias, 2),
+            diagonals=diagonals,
         )
-        return _dense(cut(q, 1), k, v, part, scale)
+        with dropout.part(i):
+            return _dense(cut(q, 1), k, v, part, scale)
 
     out = jax.lax.map(block, jnp.arange(chunks))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlm_jax.nn import dropout
+
 Params = dict[str, jax.Array]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -54,15 +56,17 @@ def scan(
 ) -> tuple[Any, Any]:
     """Run a stacked module: x, y_l = step(block_l, x, per_layer_l) for each layer l; returns (x, stacked ys).
 
-    `remat` wraps the body, e.g. `jax.checkpoint` with a policy, so that the backward pass keeps only what the policy saves.
+    `remat` wraps the body (see nn.remat), so that the backward pass keeps only what its policy saves. Each layer draws its own dropout.
     """
     graph, state = nnx.split(blocks)
+    keys = dropout.layer_keys(len(jax.tree.leaves(state)[0]))
 
     def body(x, layer):
-        params, extra = layer
-        return step(nnx.merge(graph, params), x, extra)
+        params, extra, key = layer
+        with dropout.dropout_key(key):
+            return step(nnx.merge(graph, params), x, extra)
 
-    return jax.lax.scan(remat(body) if remat else body, x, (state, per_layer))
+    return jax.lax.scan(remat(body) if remat else body, x, (state, per_layer, keys))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

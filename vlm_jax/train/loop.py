@@ -14,7 +14,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vlm_jax.config import UserError, VLMConfig, to_dict
+from vlm_jax.models import vlm
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.train import metrics, optimizer
@@ -92,17 +93,18 @@ def train(
     source: LeafSource | None = None,
     saved_config: Mapping[str, Any] | None = None,
     progress: bool = True,
+    prepare: Callable[[TrainState], None] | None = None,
 ) -> Result:
     """Train until the last update, or go on from the newest checkpoint in the folder `run`.
 
     batches: see feed.OpenBatches; available_steps: updates that the data gives. source: initial weights
     (default: random). saved_config: what is stored beside the checkpoints (default: model and train).
+    prepare: called with the state before the first batch is read.
     """
     began, run, total = time.perf_counter(), Path(run), config.total_steps(available_steps)
     saved_config = saved_config or {"model": to_dict(model), "train": to_dict(config)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(rules.use(mesh or make_mesh(), table))
-        stop = stack.enter_context(StopSignal())
         checkpoints = Checkpointer(run / "checkpoints", config.keep)
         stack.callback(checkpoints.close)
         state, data, start = _start(config, model, checkpoints, source, saved_config)
@@ -112,6 +114,9 @@ def train(
                 "raise train.steps or name another run folder to train more"
             )
             return Result("already finished", state, start)
+        if prepare is not None:
+            prepare(state)
+        stop = stack.enter_context(StopSignal())  # until here a SIGTERM ends the process: there is nothing to save
         if hosts.is_first():
             (run / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
         loop = Loop(config, model, run, total, checkpoints, saved_config, progress)
@@ -183,9 +188,11 @@ class Loop:
         self._update = step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
         self.compile_seconds = time.perf_counter() - began
         device = jax.devices()[0].device_kind
-        self.speed = metrics.Speed(training_cost(self.model, state.trainable), jax.device_count(), device)
+        cost = training_cost(self.model, state.trainable, "features" in self._feed.shapes)
+        self.speed = metrics.Speed(cost, jax.device_count(), device)
         self._writer = metrics.MetricWriter(self.run, start, c.tensorboard, c.wandb, self._saved_config)
-        trained, frozen = (sum(x.size for x in leaves.values()) for leaves in (state.trainable, state.frozen))
+        trained = sum(x.size for x in state.trainable.values())
+        frozen = vlm.count(dataclasses.replace(self.model, quant=None)) - trained  # weights, however they are stored
         hosts.say(
             f"{jax.device_count()} x {device}: {trained:,} parameters trained, {frozen:,} frozen, "
             f"{self.total} steps of {c.global_batch} rows, compiled in {self.compile_seconds:.1f} s"
@@ -246,7 +253,7 @@ class Loop:
         seconds, waited = time.perf_counter() - self._clock, self._feed.waited - self._waited
         slots = int(np.prod(self._feed.shapes["tokens"]))
         lines = [metrics.line_of(step, rate, results, slots) for step, rate, results in fetched]
-        lines[-1] |= self.speed.window([results for _, _, results in fetched], seconds, waited)
+        lines[-1] |= self.speed.window([results for _, _, results in fetched], seconds, waited) | self._feed.counts()
         for line in lines:
             if not metrics.is_finite(line):
                 self._writer.flush()

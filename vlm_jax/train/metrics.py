@@ -3,7 +3,8 @@
     {"step": 1, "lr": ..., "loss": ..., "token_accuracy": ..., "tokens": ..., "samples": ..., ...}
 
 One JSON object per update, floats written exactly; `step` counts finished updates. The last line of each
-logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall).
+logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall) and what of the
+data is not trained on (unusable_samples, samples_without_loss, cut_samples).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vlm_jax.parallel import hosts
 from vlm_jax.train.flops import Cost, peak_flops
 
 FILE = "metrics.jsonl"
+ANSWERS = ("answers", "answer_pairs", "cross_pairs")  # counts that only an encoder-decoder's step gives
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -133,7 +135,8 @@ class Speed:
         slots, pairs, views, samples = (
             float(sum(np.asarray(m[k]) for m in steps)) for k in ("slots", "pairs", "views", "samples")
         )
-        achieved = self._cost.total(slots, pairs, views) / seconds / self._devices
+        answers = {k: float(sum(np.asarray(m[k]) for m in steps)) for k in ANSWERS if k in steps[0]}
+        achieved = self._cost.total(slots, pairs, views, **answers) / seconds / self._devices
         rates = {
             "seconds_per_step": seconds / len(steps),
             "tokens_per_second": slots / seconds,

@@ -9,6 +9,7 @@ from vlm_jax.config import ATTENTIONS, REMATS, ConfigError, at_least_one, one_of
 
 STAGE1 = ("^projector/",)
 STAGE2 = ("^(projector/|llm/|image_newline$)",)
+LORA = (r"/lora_[ab]$", "^(projector/|image_newline$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TrainConfig:
     """Hyperparameters of one run; the defaults are stage 2 of LLaVA-1.5.
 
     trainable: regular expressions over parameter paths ("llm/blocks/attn/q/kernel"); the rest is frozen.
+    lora_bias: biases that train beside adapters, as peft names it: "none", "all", or "lora_only" (of adapted linears).
     steps: updates in all; None: what `epochs` passes over the data give.
     global_batch: rows per update, in `accum` micro-batches.
     group_lrs: (regular expression, learning rate), the first match wins over `lr`.
@@ -43,10 +45,11 @@ class TrainConfig:
     dtype, vision_dtype: of activations; frozen_dtype: of stored frozen parameters; moment_dtype: of Adam's
         first moment.
     loss_chunk: row slots whose logits exist at one time. profile: (first, last) step of a jax.profiler trace.
-    max_bad_samples: broken records that the data pipeline may skip before it stops the run.
+    max_bad_samples: broken records and images that may be skipped before the run stops (None: data.max_bad_share alone decides).
     """
 
     trainable: tuple[str, ...] = STAGE2
+    lora_bias: str = "none"
     steps: int | None = None
     epochs: int = 1
     global_batch: int = 128
@@ -75,12 +78,13 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     profile: tuple[int, int] | None = None
-    max_bad_samples: int = 100
+    max_bad_samples: int | None = None
     tensorboard: bool = False
     wandb: bool = False
     compat: Compat = Compat()
 
     def __post_init__(self):
+        one_of("train.lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         one_of("train.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
         for key in ("dtype", "vision_dtype", "frozen_dtype", "moment_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("float32", "bfloat16"))
@@ -89,6 +93,8 @@ class TrainConfig:
         at_least_one("train", self, ("global_batch", "accum", "loss_chunk", "log_every", "save_every", "keep"))
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"train.steps={self.steps} must be at least 1 (or None, to train for train.epochs)")
+        if self.max_bad_samples is not None and self.max_bad_samples < 0:
+            raise ConfigError(f"train.max_bad_samples={self.max_bad_samples} must not be negative")
         if self.global_batch % self.accum:
             raise ConfigError(f"train.global_batch={self.global_batch} is not a multiple of train.accum={self.accum}")
         for pattern in (*self.trainable, *self.no_decay, *(p for p, _ in self.group_lrs)):

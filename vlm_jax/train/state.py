@@ -2,6 +2,8 @@
 
 step int32 | trainable {path: float32} | frozen {path: frozen_dtype} | opt_state (moments of trainable) |
 rng uint32 [2]
+
+Frozen leaves that mean something only in their own type keep it: codes and scales of quantised kernels, scales of adapters.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.models import vlm
+from vlm_jax.models.adapters import LORA_A, LORA_SCALE, UNUSED, stored_dtype
+from vlm_jax.models.quantised import LeafSource, quantised
 from vlm_jax.nn.params import Params
+from vlm_jax.nn.quantise import is_quantised
 from vlm_jax.parallel import rules
 from vlm_jax.train import optimizer
 from vlm_jax.train.options import TrainConfig
@@ -46,35 +51,44 @@ class TrainState:
         return {**self.frozen, **self.trainable}
 
 
-class LeafSource(Protocol):
-    """Weights outside the program, read by path and slice, so that no host ever holds a whole model."""
-
-    def __contains__(self, path: str) -> bool:
-        """Whether the parameter is there; others start at random."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of the parameter."""
-
-
 def select(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
-    """Paths that any of `patterns` finds (each must find one); uncomputed tower parts are never trained."""
-    paths = [path for path in paths if not path.startswith("tower/unused/")]
+    """Paths that any of `patterns` finds (each must find one); uncomputed tower parts and scales of adapters are never trained."""
+    paths = [path for path in paths if not path.startswith(UNUSED) and not path.endswith(f"/{LORA_SCALE}")]
     found: set[str] = set()
     for pattern in patterns:
         matched = {path for path in paths if re.search(pattern, path)}
         if not matched:
             heads = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths}))
             raise ConfigError(f"train.trainable has {pattern!r}, which matches no parameter: there are {heads}")
+        codes = sorted(filter(is_quantised, matched))
+        if codes:
+            linear = codes[0].rpartition("/")[0]
+            raise ConfigError(
+                f"train.trainable has {pattern!r}, which trains {linear}, but model.quant stores its kernel in codes that cannot be "
+                r"trained: train adapters with model.lora and '/lora_[ab]$', or take it out of model.quant.targets"
+            )
         found |= matched
     return found
 
 
+def chosen(model: VLMConfig, config: TrainConfig) -> set[str]:
+    """Paths of the parameters of `model` that a run changes."""
+    shapes = vlm.shapes(model)
+    biases = {path for path in shapes if path.endswith("/bias") and not path.startswith(UNUSED)}
+    if config.lora_bias == "lora_only":
+        biases = {path for path in biases if f"{path.removesuffix('/bias')}/{LORA_A}" in shapes}
+    return select(config.trainable, shapes) | (set() if config.lora_bias == "none" else biases)
+
+
 def abstract(model: VLMConfig, config: TrainConfig) -> TrainState:
     """Shapes, dtypes and (under a mesh) shardings of the state; nothing is allocated."""
-    shapes = vlm.shapes(model)
-    chosen = select(config.trainable, shapes)
-    trainable = {p: jax.ShapeDtypeStruct(s.shape, jnp.float32) for p, s in shapes.items() if p in chosen}
-    frozen = {p: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype) for p, s in shapes.items() if p not in chosen}
+    shapes, trained = vlm.shapes(model), chosen(model, config)
+    trainable = {p: jax.ShapeDtypeStruct(s.shape, jnp.float32) for p, s in shapes.items() if p in trained}
+    frozen = {
+        p: jax.ShapeDtypeStruct(s.shape, stored_dtype(p, jnp.dtype(config.frozen_dtype), s.dtype))
+        for p, s in shapes.items()
+        if p not in trained
+    }
     opt_state = jax.eval_shape(optimizer.moments(config).init, trainable)
     scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     state = TrainState(scalar, trainable, frozen, opt_state, key)
@@ -90,10 +104,9 @@ def shardings(model: VLMConfig, config: TrainConfig) -> TrainState | None:
     if leaves is None:
         return None
     replicated = NamedSharding(rules.current()[0], PartitionSpec())
-    shapes = vlm.shapes(model)
-    chosen = select(config.trainable, shapes)
-    trainable = {p: leaves[p] for p in shapes if p in chosen}
-    frozen = {p: leaves[p] for p in shapes if p not in chosen}
+    shapes, trained = vlm.shapes(model), chosen(model, config)
+    trainable = {p: leaves[p] for p in shapes if p in trained}
+    frozen = {p: leaves[p] for p in shapes if p not in trained}
     moments = optimizer.state_shardings(config, {p: shapes[p] for p in trainable}, trainable, replicated)
     return TrainState(replicated, trainable, frozen, moments, replicated)
 
@@ -113,8 +126,9 @@ def initialiser(model: VLMConfig, config: TrainConfig, paths: Iterable[str] | No
 
 
 def create(model: VLMConfig, config: TrainConfig, source: LeafSource | None = None) -> TrainState:
-    """A sharded state at step 0: parameters from `source` where it has them, the rest random."""
+    """A sharded state at step 0: parameters from `source` where it has them, the rest random. Kernels are quantised as they are read."""
     goal = abstract(model, config)
+    source = quantised(source, model)
     from_source = [path for path in goal.params if source is not None and path in source]
     missing = set(goal.params) - set(from_source)
     params = initialiser(model, config, missing)() if missing else {}

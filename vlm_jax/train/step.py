@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.models import vlm
+from vlm_jax.nn.dropout import dropout_key
 from vlm_jax.nn.params import Params
 from vlm_jax.parallel import rules
 from vlm_jax.train import optimizer
@@ -27,9 +28,12 @@ from vlm_jax.train.options import TrainConfig
 from vlm_jax.train.state import TrainState, shardings
 
 # logical axes of a row batch behind the accumulation axis
-BATCH_AXES: dict[str, tuple[str | None, ...]] = {
-    key: ("batch", "length") for key in ("tokens", "image_slots", "targets", "weights", "segments", "positions")
-} | {"images": ("batch", None, None, None, None)}
+SLOTS = ("tokens", "image_slots", "targets", "weights", "segments", "positions")
+ANSWER_SLOTS = tuple(f"answer_{key}" for key in ("tokens", "targets", "weights", "segments", "positions"))
+BATCH_AXES: dict[str, tuple[str | None, ...]] = {key: ("batch", "length") for key in SLOTS + ANSWER_SLOTS} | {
+    "images": ("batch", None, None, None, None),
+    "features": ("batch", None, None, None),
+}
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -59,24 +63,32 @@ def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSha
 
 
 def loss_and_gradients(
-    model: VLMConfig, config: TrainConfig, trainable: Params, frozen: Params, batch: Batch
+    model: VLMConfig,
+    config: TrainConfig,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
 ) -> tuple[Params, Metrics]:
-    """(gradients sharded like the parameters, sums of losses and counts) of a batch [A, B, ...]."""
-    weights = batch["weights"]
+    """(gradients sharded like the parameters, sums of losses and counts) of a batch [A, B, ...]; key: of dropout, None for none."""
+    _, weights = supervised(model, batch)
     micros = weights.shape[0]
     if config.compat.loss_normalisation == "per_microbatch":
         scales = 1 / (micros * jnp.maximum(jnp.sum(weights, axis=(1, 2)), 1.0))
     else:
         scales = jnp.full(micros, 1 / jnp.maximum(jnp.sum(weights), 1.0))
 
-    def micro_loss(trainable: Params, micro: Batch, scale: jax.Array) -> tuple[jax.Array, Any]:
+    keys = None if key is None else jax.random.split(key, micros)
+
+    def micro_loss(trainable: Params, micro: Batch, scale: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Any]:
         net = vlm.build(model, {**frozen, **trainable})
-        hidden = vlm.forward(net, micro, compute_of(config))
-        sums = cross_entropy(hidden, net.llm.head_kernel(), micro["targets"], micro["weights"], config.loss_chunk)
+        with dropout_key(key):
+            hidden = vlm.forward(net, micro, compute_of(config))
+        sums = cross_entropy(hidden, net.llm.head_kernel(), *supervised(model, micro), config.loss_chunk)
         return sums.loss * scale, sums
 
-    def gradients(micro: Batch, scale: jax.Array) -> tuple[Params, Any]:
-        grads, sums = jax.grad(micro_loss, has_aux=True)(trainable, micro, scale)
+    def gradients(micro: Batch, scale: jax.Array, key: jax.Array | None) -> tuple[Params, Any]:
+        grads, sums = jax.grad(micro_loss, has_aux=True)(trainable, micro, scale, key)
         return constrain(model, grads), sums
 
     def accumulate(total: Params, inputs: tuple) -> tuple[Params, Any]:
@@ -84,17 +96,23 @@ def loss_and_gradients(
         return constrain(model, jax.tree.map(jnp.add, total, grads)), sums
 
     if micros == 1:
-        grads, sums = gradients(jax.tree.map(lambda x: x[0], batch), scales[0])
+        grads, sums = gradients(*jax.tree.map(lambda x: x[0], (batch, scales, keys)))
         sums = jax.tree.map(lambda x: x[None], sums)
     else:
         zeros = constrain(model, jax.tree.map(jnp.zeros_like, trainable))
-        grads, sums = jax.lax.scan(accumulate, zeros, (batch, scales))
+        grads, sums = jax.lax.scan(accumulate, zeros, (batch, scales, keys))
     return grads, {
         "loss": jnp.sum(sums.loss * scales),
         "micro_losses": sums.loss / jnp.maximum(sums.tokens, 1.0),
         "tokens": jnp.sum(sums.tokens),
         "correct": jnp.sum(sums.correct),
     }
+
+
+def supervised(model: VLMConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(targets, weights) of the slots whose hidden states the model gives: those of the answers where it has a decoder for them."""
+    prefix = "answer_" if model.encoder_decoder else ""
+    return batch[f"{prefix}targets"], batch[f"{prefix}weights"]
 
 
 def constrain(model: VLMConfig, leaves: Params) -> Params:
@@ -108,15 +126,25 @@ def constrain(model: VLMConfig, leaves: Params) -> Params:
 def row_counts(batch: Batch, features: int) -> Metrics:
     """What a batch [A, B, ...] really holds: samples, views in use, real slots, causal pairs (sum of n^2/2).
 
-    Everything that is padding counts zero. features: P, slots per view.
+    Everything that is padding counts zero. features: P, slots per view. Answers of an encoder-decoder are counted alike, and
+    cross_pairs: pairs of an answer slot and a slot of its sample.
     """
     real = batch["segments"] > 0
-    views = batch["images"].shape[2]
+    views = (batch["features"] if "features" in batch else batch["images"]).shape[2]
     shown = jnp.where(
         batch["image_slots"] >= 0, batch["image_slots"] // features, views
     )  # image_newline has index views
     in_use = jnp.any(shown[..., None] == jnp.arange(views), axis=-2)
-    return {
+    counts = {}
+    if "answer_segments" in batch:
+        said = batch["answer_segments"] > 0
+        same = (batch["answer_segments"][..., :, None] == batch["segments"][..., None, :]) & said[..., None]
+        counts = {
+            "answers": jnp.sum(said).astype(jnp.float32),
+            "answer_pairs": jnp.sum(jnp.where(said, batch["answer_positions"] + 0.5, 0.0)),
+            "cross_pairs": jnp.sum(same).astype(jnp.float32),
+        }
+    return counts | {
         "samples": jnp.sum(jnp.max(batch["segments"], axis=-1)).astype(jnp.float32),
         "views": jnp.sum(in_use).astype(jnp.float32),
         "slots": jnp.sum(real).astype(jnp.float32),
@@ -131,7 +159,8 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
     """
 
     def step(state: TrainState, batch: Batch, factor: jax.Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = loss_and_gradients(model, config, state.trainable, state.frozen, batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if model.drops else None
+        grads, metrics = loss_and_gradients(model, config, state.trainable, state.frozen, batch, key)
         steps, opt_state, grad_norm = optimizer.updates(config, grads, state.opt_state, state.trainable, factor)
         trainable = {path: p + steps[path] for path, p in state.trainable.items()}
         metrics |= row_counts(batch, model.vision.features)
@@ -157,4 +186,4 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
 
 def split_micro_batches(rows: Mapping[str, np.ndarray], accum: int) -> dict[str, np.ndarray]:
     """A row batch [R, ...] as [A, R / A, ...]; keys that the step does not read are left out."""
-    return {key: rows[key].reshape(accum, -1, *rows[key].shape[1:]) for key in BATCH_AXES}
+    return {key: rows[key].reshape(accum, -1, *rows[key].shape[1:]) for key in BATCH_AXES if key in rows}
