@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.6",
         "einops>=0.8",
         "numpy>=2.0",
+        "scipy>=1.13",
         "pillow>=11",
         "tqdm>=4.66",
         "matplotlib>=3.9",

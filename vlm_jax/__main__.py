@@ -39,6 +39,11 @@ def number(name: str, default: float | int | None, help: str) -> Define:
     return lambda f, _: define(name, default, help, flag_values=f)
 
 
+def switch(name: str, help: str) -> Define:
+    """A flag that is given or not."""
+    return lambda f, _: flags.DEFINE_boolean(name, False, help, flag_values=f)
+
+
 def many(name: str, help: str) -> Define:
     """A flag that may be repeated."""
     return lambda f, _: flags.DEFINE_multi_string(name, [], help, flag_values=f)
@@ -52,6 +57,11 @@ def config(f: flags.FlagValues, arguments: list[str]) -> None:
 
 MODEL = text("model", None, "a LLaVA directory in HF format, or the output directory of a training run")
 DTYPE = text("dtype", "", "float32 or bfloat16; default: bfloat16 on accelerators, float32 on CPU")
+ADAPTERS = (
+    text("quant", "", "nf4 or int8: keep the kernels of the LLM's blocks in 4 or 8 bits"),
+    many("adapter", "NAME=DIR: a LoRA adapter of --model; repeat for several"),
+    many("use", "adapter to answer with, NAME or NAME:WEIGHT; repeat to mix, base for none; default: the first"),
+)
 SAMPLING = (
     number("temperature", 0.0, "0 is greedy"),
     number("top_p", 1.0, "nucleus sampling: keep the smallest set of tokens with this probability"),
@@ -61,6 +71,12 @@ SAMPLING = (
     number("seed", 0, "random seed of sampling"),
     many("stop", "stop string; repeat for several"),
     text("template", "", "conversation template, e.g. v1; default: the one of the model"),
+)
+
+SCORING = (
+    text("question", 'Does this figure show "{}"? Please answer yes or no.', "what is asked about a text {}"),
+    text("answer", "Yes", "the answer whose probability is the score, as VQAScore was published"),
+    text("mode", "original", "original (answer and what closes it, per token), first_token, or yes_no (against No)"),
 )
 
 COMMANDS: dict[str, Command] = {
@@ -79,6 +95,7 @@ COMMANDS: dict[str, Command] = {
         (
             MODEL,
             DTYPE,
+            *ADAPTERS,
             *SAMPLING,
             many("image", "image file; repeat for several images in one prompt"),
             text("prompt", "", "the question"),
@@ -92,19 +109,28 @@ COMMANDS: dict[str, Command] = {
     ),
     "chat": Command(
         "talk about an image in the terminal",
-        (MODEL, DTYPE, *SAMPLING, many("image", "image to talk about")),
+        (MODEL, DTYPE, *ADAPTERS, *SAMPLING, many("image", "image to talk about")),
         "vlm_jax.generate.chat:chat",
     ),
     "convert": Command(
-        "read any LLaVA checkpoint, or parts of one, and write a Hugging Face or original LLaVA directory",
+        "read any LLaVA checkpoint, parts of one, or an adapter, and write it in another format",
         (
-            text("from", "", "LLaVA checkpoint directory (HF or original) or training run"),
-            text("to", None, "directory to write"),
+            text("from", "", "LLaVA checkpoint directory (HF or original), adapter directory, or training run"),
+            text("to", None, "directory to write, or with --extract a file"),
             text("vision", "", "CLIP or SigLIP directory that replaces the tower"),
             text("llm", "", "Llama-family directory that replaces the LLM"),
             text("projector", "", "mm_projector.bin or safetensors that replaces the projector"),
+            text("base", "", "model that the adapter or the delta weights in --from belong to"),
+            switch("merge", "put the adapter into its base and write a model; without it an adapter stays one"),
+            text("extract", "", "projector: write only that, as a torch file such as mm_projector.bin"),
+            text("delta", "", "make: write the difference of --from from --base; apply: add it to --base again"),
             text("dtype", "", "bfloat16, float16 or float32; default: as read"),
-            text("names", "hf", "tensor names to write: hf, llava (original) or source (as read)"),
+            text(
+                "names",
+                "",
+                "tensor names to write: hf, llava (original), source (as read) or, for adapters, sq_llava; default: hf, "
+                "and for the adapter of a run the format of its base",
+            ),
             text("max_shard", "5GB", "largest weight file"),
             text("tokenizer", "", "folder whose tokenizer is written instead of the one read"),
             text("tower", "", "what an original LLaVA config.json shall name as mm_vision_tower"),
@@ -116,7 +142,8 @@ COMMANDS: dict[str, Command] = {
         (
             MODEL,
             DTYPE,
-            text("task", None, "benchmark, e.g. smartwatch"),
+            *ADAPTERS,
+            text("task", None, "benchmark, e.g. smartwatch or winoground; a wrong name lists them"),
             text("data", None, "file or folder of the benchmark"),
             text("out", "", "JSON file for scores and answers"),
             number("batch", 16, "questions answered at once"),
@@ -127,8 +154,60 @@ COMMANDS: dict[str, Command] = {
                 "before the later questions of a dialogue: the true answers, the model's own, or none",
             ),
             text("template", "", "conversation template; default: the one of the model"),
+            *SCORING,
         ),
         "vlm_jax.evaluate.command:evaluate",
+    ),
+    "score": Command(
+        "score how well texts fit images (VQAScore), every text against every image",
+        (
+            MODEL,
+            DTYPE,
+            *ADAPTERS,
+            many("image", "image file; repeat for several"),
+            many("text", "text; repeat for several"),
+            *SCORING,
+            text("template", "", "conversation template; default: the one of the model"),
+            number("batch", 16, "pairs scored at once"),
+            text("out", "", "file for the scores, .json or .csv"),
+        ),
+        "vlm_jax.evaluate.score_command:score",
+    ),
+    "data check": Command(
+        "read all training data once: what is unusable and why, tokens per epoch, how full rows get",
+        (
+            config,
+            text("out", "", "folder for check.json, bad.jsonl, lengths.png and images.png; default: OUTPUT/data"),
+            text("images", "decode", "decode every image, read every header, or skip images"),
+        ),
+        "vlm_jax.train.data_command:check",
+    ),
+    "data build": Command(
+        "write the usable records with their images as ArrayRecord shards, or captions as a generation task",
+        (
+            config,
+            text("out", None, "folder to write (a .json file with --task generation)"),
+            number("shards", 0, "files per source; 0 is one for every 8192 records"),
+            text("format", "array_record", "array_record, or tfds for a TensorFlow Datasets folder"),
+            text("flatten", "", "pairs: one record of every question and answer"),
+            text("task", "", "generation: caption records become requests to draw the image"),
+            number("start", 0, "with --task: first record that is taken"),
+            number("count", 0, "with --task: records that are taken; 0 is all"),
+            number("seed", 0, "with --task: seed of the wordings"),
+            text("skip", "sam", "with --task: images below a folder of this name are left out"),
+        ),
+        "vlm_jax.train.data_command:build",
+    ),
+    "data show": Command(
+        "draw samples as an HTML page: images, text, and which tokens carry loss",
+        (
+            config,
+            number("n", 8, "samples"),
+            text("out", "", "page to write; default: OUTPUT/data/show.html"),
+            text("source", "", "only samples of this source"),
+            number("seed", 0, "which samples"),
+        ),
+        "vlm_jax.train.data_command:show",
     ),
     "quickstart": Command(
         "make the smart-watch data, train a small model from nothing, evaluate, export and write a report",
@@ -138,11 +217,13 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def usage() -> str:
-    """The commands, a line each."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items()]
-    return "usage: python -m vlm_jax COMMAND [--flags]      (COMMAND --help shows its flags)\n\n" + "\n".join(lines)
+def usage(group: str = "") -> str:
+    """The commands, a line each; group: only those of this first word."""
+    listed = {name: c for name, c in COMMANDS.items() if not group or name.split()[0] == group}
+    width = max(map(len, listed))
+    lines = [f"  {name:<{width}}  {c.help}" for name, c in listed.items()]
+    form = f"{group} COMMAND" if group else "COMMAND"
+    return f"usage: python -m vlm_jax {form} [--flags]      (COMMAND --help shows its flags)\n\n" + "\n".join(lines)
 
 
 def command_help(name: str, f: flags.FlagValues) -> str:
@@ -206,8 +287,8 @@ def parse(name: str, arguments: list[str]) -> dict[str, Any]:
         raise ValueError(f"{name} needs --{required[0]}: {f[required[0]].help}")
     if name == "quickstart" and values["config"] is None:
         return parse(name, ["--config=configs/quickstart.py", *arguments])
-    if name == "train" and values["config"] is None:
-        raise ValueError("train needs --config, e.g. --config configs/llava15.py:7b,stage1")
+    if "config" in values and values["config"] is None:
+        raise ValueError(f"{name} needs --config, e.g. --config configs/llava15.py:7b,stage1")
     return values
 
 
@@ -217,11 +298,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return 0
-    name = arguments[0]
+    words = 2 if any(name.startswith(arguments[0] + " ") for name in COMMANDS) else 1
+    if words == 2 and (len(arguments) == 1 or arguments[1] in ("--help", "-h", "help")):
+        print(usage(arguments[0]))
+        return 0
+    name = " ".join(arguments[:words])
     try:
         if name not in COMMANDS:
             raise ValueError(f"{name!r} is no command: use one of {', '.join(COMMANDS)}")
-        values = parse(name, arguments[1:])
+        values = parse(name, arguments[words:])
     except ValueError as error:
         print(f"vlm_jax: {error}", file=sys.stderr)
         return 2

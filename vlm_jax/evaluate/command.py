@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.config import one_of
-from vlm_jax.evaluate import smartwatch
+from vlm_jax.config import ConfigError, one_of
+from vlm_jax.evaluate import smartwatch, vqascore_sets
 from vlm_jax.evaluate.query import Model
+from vlm_jax.evaluate.vqascore import ANSWER, QUESTION, Asking, VQAScore
+from vlm_jax.generate.adapters import adapter_flags
 from vlm_jax.generate.load import load_model, usual_mesh
 
 
@@ -21,6 +23,7 @@ class Benchmark(NamedTuple):
     table: Callable[[dict[str, Any]], str]
 
 
+# questions that a model answers; vqascore_sets.BENCHMARKS has those that ask how well texts fit images
 BENCHMARKS: dict[str, Benchmark] = {
     "smartwatch": Benchmark(smartwatch.smartwatch, smartwatch.table),
 }
@@ -37,20 +40,48 @@ def evaluate(
     limit: int = 0,
     history: str = "true",
     template: str = "",
+    quant: str = "",
+    adapter: Sequence[str] = (),
+    use: Sequence[str] = (),
+    question: str = QUESTION,
+    answer: str = ANSWER,
+    mode: str = "original",
 ) -> None:
-    """Ask `model` everything of `task` greedily, print the table and write the result with all answers to `out`.
+    """Run the benchmark `task` on `model`, print the table and write the result with all answers or scores to `out`.
 
-    Answers do not depend on `batch` where dtype is float32. limit: first records only, 0 is all.
-    history: what stands before the later questions of a dialogue.
+    Answers and scores do not depend on `batch` where dtype is float32. quant, adapter, use: see generate.load.load_model and
+    generate.adapters.adapter_flags. Benchmarks of answers, which are greedy: `limit` takes the first records only, 0 is all, and
+    `history` is what stands before the later questions of a dialogue. Benchmarks of scores: question, answer and mode as in
+    evaluate.vqascore.Asking.
     """
-    one_of("--task", task, tuple(BENCHMARKS))
-    benchmark, mesh = BENCHMARKS[task], usual_mesh()
-    loaded = load_model(model, dtype=dtype, mesh=mesh, template_name=template)
-    answering = Model(loaded, loaded.generator(dtype=dtype, mesh=mesh, batch_size=batch))
-    start = time.monotonic()
-    result = benchmark.run(answering, Path(data), limit, history)
+    one_of("--task", task, (*BENCHMARKS, *vqascore_sets.BENCHMARKS))
+    loading = {"quant": quant, **adapter_flags(adapter, use)}
+    if task in BENCHMARKS:
+        benchmark, mesh = BENCHMARKS[task], usual_mesh()
+        loaded = load_model(model, dtype=dtype, mesh=mesh, template_name=template, **loading)
+        answering = Model(loaded, loaded.generator(dtype=dtype, mesh=mesh, batch_size=batch))
+        start = time.monotonic()
+        result, table = benchmark.run(answering, Path(data), limit, history), benchmark.table
+    else:
+        if limit:
+            raise ConfigError(
+                f"--limit={limit} would make the numbers of {task} others than the published: leave it out"
+            )
+        opened = vqascore_sets.open_set(task, Path(data))
+        scoring = VQAScore(
+            model,
+            batch=batch,
+            asking=Asking(question, answer, mode),
+            progress=True,
+            dtype=dtype,
+            template=template,
+            **loading,
+        )
+        start = time.monotonic()
+        asked = {"question": question, "answer": answer, "mode": mode}
+        result, table = {**asked, **vqascore_sets.run(opened, scoring)}, vqascore_sets.table
     result = {"task": task, "model": model, "data": data, "seconds": round(time.monotonic() - start, 1), **result}
-    print(benchmark.table(result))
+    print(table(result))
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
