@@ -1,0 +1,135 @@
+"""Convolutions, group norm, residual and attention blocks of the tokenizers and their critics, on [B, H, W, C].
+
+Kernels are [k, k, in, out]; only `embed` (the FSDP axes) shards them, since convolutions of these widths gain nothing from more.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm_jax.nn.attention import Mask, attention
+from vlm_jax.nn.params import ones, param, zeros
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, pad: int | Padding = 0) -> jax.Array:
+    """Cross-correlation of [B, H, W, I] with [k, k, I, O], in the dtype of x; pad: zeros at every side, or per side."""
+    sides = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
+    return jax.lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (stride, stride), sides, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _uniform_fan_in(fan: int):
+    """U(-1/sqrt(fan), 1/sqrt(fan)), torch's default for kernels and biases of convolutions."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan**-0.5), fan**-0.5)
+
+
+class Conv(nnx.Module):
+    """Convolution k x k: [B, H, W, I] -> [B, H', W', O]."""
+
+    def __init__(
+        self,
+        din: int,
+        dout: int,
+        size: int,
+        rngs: nnx.Rngs,
+        *,
+        stride: int = 1,
+        pad: int | Padding = 0,
+        bias: bool = True,
+    ):
+        init = _uniform_fan_in(din * size * size)
+        self.kernel = param(rngs, init, (size, size, din, dout), (None, None, "embed", None))
+        self.bias = param(rngs, init, (dout,), (None,)) if bias else None
+        self.stride, self.pad = stride, pad
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = convolve(x, self.kernel[...], self.stride, self.pad)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class ConvTranspose(nnx.Module):
+    """Transposed convolution whose stride is its size k: [B, H, W, I] -> [B, kH, kW, O]."""
+
+    def __init__(self, din: int, dout: int, size: int, rngs: nnx.Rngs):
+        init = _uniform_fan_in(dout * size * size)
+        self.kernel = param(rngs, init, (size, size, din, dout), (None, None, "embed", None))
+        self.bias = param(rngs, init, (dout,), (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        b, h, w, _ = x.shape
+        y = jnp.einsum("bhwi,klio->bhkwlo", x, kernel)
+        return y.reshape(b, h * kernel.shape[0], w * kernel.shape[1], -1) + self.bias[...].astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """32 groups, eps 1e-6, float32 statistics over space and the channels of a group."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, groups: int = 32, eps: float = 1e-6):
+        self.scale, self.bias = param(rngs, ones, (width,), (None,)), param(rngs, zeros, (width,), (None,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        f = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
+        f = f - f.mean((1, 3), keepdims=True)
+        f = f * jax.lax.rsqrt((f * f).mean((1, 3), keepdims=True) + self.eps)
+        return (f.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))); the shortcut is 1x1 where the width changes."""
+
+    def __init__(self, din: int, dout: int, rngs: nnx.Rngs):
+        self.norm1, self.conv1 = GroupNorm(din, rngs), Conv(din, dout, 3, rngs, pad=1)
+        self.norm2, self.conv2 = GroupNorm(dout, rngs), Conv(dout, dout, 3, rngs, pad=1)
+        self.shortcut = Conv(din, dout, 1, rngs) if din != dout else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """x + out(attention over all positions, one head as wide as the channels)."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.norm = GroupNorm(width, rngs)
+        self.q, self.k, self.v, self.out = (Conv(width, width, 1, rngs) for _ in range(4))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n = self.norm(x)
+        b, h, w, c = x.shape
+        q, k, v = (f(n).reshape(b, h * w, 1, c) for f in (self.q, self.k, self.v))
+        return x + self.out(attention(q, k, v, Mask()).reshape(x.shape))
+
+
+def nearest_upsample(x: jax.Array, factor: int = 2) -> jax.Array:
+    """Every pixel repeated factor x factor times: [B, H, W, C] -> [B, fH, fW, C]."""
+    return x.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def average_pool(x: jax.Array, factor: int) -> jax.Array:
+    """Means of factor x factor blocks: [B, fH, fW, C] -> [B, H, W, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+
+
+def pixel_unshuffle(x: jax.Array, factor: int) -> jax.Array:
+    """Blocks become channels, in torch's order (channel, row, column): [B, fH, fW, C] -> [B, H, W, C f f]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // factor, w // factor, c * factor * factor)
+
+
+def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
+    """Inverse of `pixel_unshuffle`: [B, H, W, C f f] -> [B, fH, fW, C]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, c // factor**2, factor, factor)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * factor, w * factor, c // factor**2)
