@@ -3,8 +3,8 @@
     python launch/bench/new_style.py [--base runs/quickstart/export] [--out runs/watch_style] [--steps 300] [--held_out 200]
 
 For full training, LoRA and QLoRA (configs/watch_style.py): accuracy on held-out watches of both styles before and after, bytes of
-what is trained, of the optimizer and of the frozen base, seconds. Adapters are then chosen by name on one base; with torch,
-transformers and peft installed, peft loads the LoRA adapter and its logits are compared with ours. Typed again it goes on.
+what is trained, of the optimizer and of the frozen base. With torch, transformers and peft installed, peft loads the LoRA adapter and
+its logits are compared with ours. Typed again it goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,11 @@ def recipe_of(tuning: str, base: Path, out: Path, steps: int, watches: int) -> R
     )
 
 
-def accuracy(loaded: Loaded, data: Path) -> dict[str, float]:
-    """Share of right answers by attribute and in all; the model's own answers are the dialogue so far."""
+def answered(loaded: Loaded, data: Path) -> dict[str, dict[str, float]]:
+    """Accuracy and score by attribute (evaluate.smartwatch); the model's own answers are the dialogue so far."""
     model = Model(loaded, loaded.generator(dtype="float32", batch_size=BATCH), progress=False)
     result = smartwatch(model, data, history="own")
-    found = dict(result["accuracy"])
-    return found | {"all": sum(found.values()) / len(found)}
+    return {kind: dict(result[kind]) for kind in ("accuracy", "score")}
 
 
 def bytes_of(recipe: Recipe, run: Path) -> dict[str, int]:
@@ -117,20 +115,19 @@ def main() -> None:
         "new": generate(a.out / "new", WatchSet(a.held_out, HELD_OUT_SEED, **new_look), progress=False).parent,
     }
     results: dict[str, Any] = {
-        "base": {k: accuracy(load_model(a.base, dtype="float32"), path) for k, path in sets.items()}
+        "base": {k: answered(load_model(a.base, dtype="float32"), path) for k, path in sets.items()}
     }
-    results["base"] |= {"trainable": 0, "optimizer": 0, "base": 0, "seconds": 0.0}
+    results["base"] |= {"trainable": 0, "optimizer": 0, "base": 0}
     for tuning in ("full", "lora", "qlora"):
-        recipe, began = recipe_of(tuning, a.base, a.out, a.steps, a.watches), time.perf_counter()
+        recipe, export = recipe_of(tuning, a.base, a.out, a.steps, a.watches), a.out / tuning / EXPORT
         run_recipe(recipe)
-        seconds, export = time.perf_counter() - began, a.out / tuning / EXPORT
         if tuning == "full":
             loaded = load_model(export, dtype="float32")
         else:
             quant = recipe.model.quant or ""
             loaded = load_model(a.base, dtype="float32", quant=quant, adapters={tuning: str(export)})
-        found = {k: accuracy(loaded, path) for k, path in sets.items()}
-        results[tuning] = found | bytes_of(recipe, a.out / tuning) | {"seconds": seconds}
+        found = {k: answered(loaded, path) for k, path in sets.items()}
+        results[tuning] = found | bytes_of(recipe, a.out / tuning)
     image = sets["new"] / "images" / "0.png"
     results["peft_difference"] = peft_difference(a.base, a.out / "lora" / EXPORT, image)
     (a.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -139,15 +136,20 @@ def main() -> None:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| mode | new style | time, new | old style | time, old | trainable MB | optimizer MB | base MB | s |",
-        "|---" * 9 + "|",
+    titles = [
+        f"{what}, {style}"
+        for style in ("new", "old")
+        for what in ("weather", "battery score", "time score", "time exact")
     ]
+    titles += ["trainable MB", "optimizer MB", "base MB"]
+    lines = [f"| mode | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for mode in ("base", "full", "lora", "qlora"):
-        r = results[mode]
-        scores = [f"{r[style][name]:.3f}" for style in ("new", "old") for name in ("all", "time_exact")]
-        sizes = [f"{r[name] / 1e6:.2f}" for name in ("trainable", "optimizer", "base")]
-        lines.append(f"| {mode} | {' | '.join(scores + sizes)} | {r['seconds']:.0f} |")
+        r, cells = results[mode], []
+        for style in ("new", "old"):
+            right, score = r[style]["accuracy"], r[style]["score"]
+            cells += [f"{x:.3f}" for x in (right["weather"], score["battery"], score["time"], right["time_exact"])]
+        cells += [f"{r[name] / 1e6:.2f}" for name in ("trainable", "optimizer", "base")]
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
     difference = results["peft_difference"]
     peft = "peft is not installed" if difference is None else f"largest difference from peft's logits: {difference:.2g}"
     return "\n".join([*lines, "", peft])
