@@ -267,7 +267,7 @@ def test_the_codebook_moves_towards_the_language_model(path):
         def loss(z, state=state, ratio=ratio, draw=draw, given=given, case=case):
             if given:
                 state = {**state, POST: jnp.asarray(case["post_len_l2norm"], jnp.float32)}
-                found = quantizer.encode_short(z, state, train=True, ratio=ratio, draw=draw)
+                found = quantizer.encode(z, state, train=True, ratio=ratio, draw=draw, short=True)
             else:
                 found = quantizer.encode(z, state, train=True, ratio=ratio, draw=draw)
             return jnp.mean(found.latents**2) + found.losses["commit"], found

@@ -103,29 +103,20 @@ class Language:
         train: bool = False,
         ratio: jax.Array | float = 0.0,
         draw: Draw | None = None,
+        short: bool = False,
     ) -> Quantised:
-        """z [..., D] of any length; ratio: see `alignment`."""
-        z, metrics = self.shorten(z)
-        return self.encode_short(z, {**state, POST: metrics[POST]}, train=train, ratio=ratio, draw=draw)._replace(
-            metrics=metrics
-        )
-
-    def encode_short(
-        self,
-        z: jax.Array,
-        state: State,
-        *,
-        train: bool = False,
-        ratio: jax.Array | float = 0.0,
-        draw: Draw | None = None,
-    ) -> Quantised:
-        """`encode` of vectors that were shortened already; state["post_length"] is their mean length over F."""
+        """z [..., D] of any length; ratio: see `alignment`. short: z was shortened already, and state["post_length"] is its mean length
+        over F."""
+        metrics: dict[str, jax.Array] = {}
+        if not short:
+            z, metrics = self.shorten(z)
+            state = {**state, POST: metrics[POST]}
         z, s = z.astype(jnp.float32), self.scale(state)
         codes = codebook.nearest(z / s, state[TABLE], self.c.tile)
         rows = state[TABLE][codes] * s
         loss = self.c.beta * jnp.mean((jax.lax.stop_gradient(rows) - z) ** 2)
         after = self.update(state, z, codes, ratio, draw) if train else state
-        return Quantised(codes, codebook.straight_through(z, rows), {"commit": loss}, after, {})
+        return Quantised(codes, codebook.straight_through(z, rows), {"commit": loss}, after, metrics)
 
     def update(
         self, state: State, z: jax.Array, codes: jax.Array, ratio: jax.Array | float, draw: Draw | None = None
@@ -178,7 +169,7 @@ class LanguageResidual:
         state = {**state, POST: metrics[POST]}
         left, total, codes, loss = stop(z), jnp.zeros_like(z), [], 0.0
         for i in range(self.c.depth):
-            found = self.book.encode_short(left, state, train=train, ratio=ratio, draw=draw[i] if draw else None)
+            found = self.book.encode(left, state, train=train, ratio=ratio, draw=draw[i] if draw else None, short=True)
             rows = self.book.decode(found.codes, state)
             left, total, state = left - rows, total + rows, found.state
             target = stop(z) if self.c.first_commitment and i else z
