@@ -1,5 +1,9 @@
 """Contract 1: every implementation equals the dense reference on packed rows, or raises."""
 
+import dataclasses
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from vlm_jax.config import ATTENTIONS
 from vlm_jax.nn import attention as module
 from vlm_jax.nn.attention import Mask, attention, choose, refusal
+from vlm_jax.nn.dropout import dropout_key
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -115,6 +120,116 @@ def test_lowers_for_tpu_with_the_splash_kernel():
     f = jax.jit(lambda q, k, v: attention(q, k, v, Mask(True, None, ids, ids), "splash"))
     text = jax.export.export(f, platforms=["tpu"])(q, k, v).mlir_module()
     assert "tpu_custom_call" in text
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """TPU kernels run in interpret mode."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernels
+
+    run = functools.partial(kernels.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(kernels, "pl", types.SimpleNamespace(**{**vars(kernels.pl), "pallas_call": run}))
+    jax.clear_caches()
+
+
+def with_bias(queries, keys, kind, seed=3):
+    """(mask from what is added, what is added) of a packed row with a relative position bias, or with a whole one."""
+    own, others = packed(2, queries, (queries // 2, queries // 3)), packed(2, keys, (keys // 3, keys // 2))
+    shape = (2, queries + keys - 1) if kind == "diagonals" else (1, 2, queries, keys)
+    added = jax.random.normal(jax.random.key(seed), shape)
+    return lambda added: Mask(kind == "causal", 200 if kind == "causal" else None, own, others, **{
+        "diagonals" if kind == "diagonals" else "bias": added
+    }), added  # fmt: skip
+
+
+FLASH = [("diagonals", 256, 128), ("causal", 256, 256)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, queries, keys", FLASH)
+def test_flash_with_bias_equals_dense_with_gradients(kind, queries, keys, interpreted, monkeypatch):
+    """On packed rows, in several chunks; the gradient of the bias too, of causality, window and bias together."""
+    monkeypatch.setattr(module, "BIASED", 128)
+    q, k, v = qkv(slots=queries, keys=keys, heads=2, kv_heads=2, width=64)
+    mask, added = with_bias(queries, keys, kind)
+
+    def run(impl):
+        def f(q, k, v, added):
+            return (attention(q, k, v, mask(added), impl, scale=0.125) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(q, k, v, added)
+
+    (a, ga), (b, gb) = run("flash"), run("dense")
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+    for name, ours, wanted in zip(("q", "k", "v", "bias"), ga, gb):
+        np.testing.assert_allclose(ours, wanted, atol=1e-3, err_msg=name)
+        assert np.abs(wanted).max() > 0.1, name
+
+
+@pytest.mark.slow
+def test_flash_across_rows_without_bias_equals_dense(interpreted):
+    """The cross-attention of an encoder-decoder: fewer queries than keys, grouped heads, nothing added."""
+    q, k, v = qkv(slots=128, keys=256, heads=4, kv_heads=2, width=64)
+    mask = Mask(q_segments=packed(2, 128, (60, 50)), k_segments=packed(2, 256, (100, 120)))
+    np.testing.assert_allclose(attention(q, k, v, mask, "flash"), attention(q, k, v, mask, "dense"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_flash_under_a_mesh_equals_dense(interpreted):
+    """Rows over devices: the gradient of the bias adds up over them."""
+    q, k, v = qkv(rows=4, slots=128, heads=2, kv_heads=2, width=64)
+    ids, diagonals = packed(4, 128, (60, 50)), jax.random.normal(jax.random.key(2), (2, 255))
+
+    def run(impl):
+        def f(q, diagonals):
+            return (attention(q, k, v, Mask(False, None, ids, ids, diagonals=diagonals), impl) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(f, (0, 1)))(q, diagonals)
+
+    with rules.use(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        loss, grads = run("flash")
+    wanted_loss, wanted = run("dense")
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-4)
+    for ours, theirs in zip(grads, wanted):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_lowers_for_tpu_with_the_flash_kernel():
+    """Forward and backward of the T5 encoder's attention, with gradients of its bias, become TPU custom calls."""
+    q, k, v = qkv(rows=1, slots=1024, heads=2, kv_heads=2, width=64, dtype=jnp.bfloat16)
+    ids, diagonals = packed(1, 1024, (500, 400)), jnp.zeros((2, 2047))
+
+    def f(q, k, v, diagonals):
+        mask = Mask(False, None, ids, ids, diagonals=diagonals)
+        return attention(q, k, v, mask, "flash", scale=1.0).astype(jnp.float32).sum()
+
+    exported = jax.export.export(jax.jit(jax.grad(f, (0, 1, 2, 3))), platforms=["tpu"])(q, k, v, diagonals)
+    assert exported.mlir_module().count("tpu_custom_call") >= 3  # forward, keys and values, queries and bias
+
+
+@pytest.mark.parametrize(
+    "mask, drops, words",
+    [
+        (Mask(diagonals=jnp.zeros((2, 511)), drop=0.1), True, "has no dropout"),
+        (Mask(bias=jnp.zeros((2, 2, 256, 256))), False, "one bias for all rows"),
+        (Mask(q_offset=jnp.asarray(3)), False, "and no cache"),
+    ],
+)
+def test_what_flash_refuses(mask, drops, words):
+    q, k, v = qkv(slots=256, heads=2, kv_heads=2)
+    with dropout_key(jax.random.key(0) if drops else None), pytest.raises(ValueError, match=words):
+        attention(q, k, v, mask, "flash")
+    assert refusal("flash", q, k, dataclasses.replace(mask, bias=None, q_offset=0, drop=0.0)) is None
+
+
+def test_a_tpu_is_given_the_kernel_that_takes_the_mask():
+    """The encoder of T5, its cross-attention, a decoder; and a dense one where training drops attention weights."""
+    q, k = (jax.ShapeDtypeStruct((1, slots, 2, 64), jnp.bfloat16) for slots in (1024, 4096))
+    relative = Mask(diagonals=jnp.zeros((2, 8191)), drop=0.1)
+    assert choose(k, k, relative, "tpu") == "flash" and choose(q, k, Mask(), "tpu") == "flash"
+    assert choose(k, k, Mask(True), "tpu") == "splash" and choose(k, k, relative, "cpu") == "chunked"
+    with dropout_key(jax.random.key(0)):
+        assert choose(k, k, relative, "tpu") == "chunked"
 
 
 def test_cache_offset_equals_the_last_rows_of_the_full_pass():

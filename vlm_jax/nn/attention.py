@@ -8,6 +8,10 @@
 | chunked | everywhere   | yes    | yes      | yes    | yes  | yes                | T S / n | T a multiple of the chunk           |
 | cudnn   | NVIDIA GPU   | yes    | as mask  | yes    | yes  | no                 | T S mask| 16-bit dtype, H % 8 == 0, H <= 128  |
 | splash  | TPU          | yes    | yes      | no     | no   | no                 | T + S   | T == S, a multiple of 128, no cache |
+| flash   | TPU          | yes    | yes      | yes    | yes  | diagonals          | T S / n | T and S multiples of 128, no cache  |
+
+flash and its gradients (those of the bias too) need causality, window and bias as numbers, which exist for one chunk of query slots at a
+time; its bias is the same for all rows.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ from vlm_jax.nn.relative_position import toeplitz
 from vlm_jax.parallel import rules
 
 CHUNK = 512  # query slots per step of the chunked implementation
+# query slots whose bias flash writes down at a time: backward over two rows of 4096 slots of T5-XL 512 plan 2.1 GB, 256 1.5, chunked 1.2
+BIASED = 256
+LANES = 128  # of a TPU's vector unit, and what its kernels take slots by
 NEGATIVE = -1e30  # finite, so that a row without any key gives the mean of v and not nan
 
 
@@ -86,12 +93,14 @@ def attention(
     """Scaled dot-product attention with grouped key/value heads; see the module docstring. scale defaults to H^-1/2."""
     one_of("attention", impl, ATTENTIONS)
     if impl == "auto":
-        impl = choose(q, k, mask, jax.default_backend())
+        impl = choose(q, k, mask, rules.platform())
     reason = refusal(impl, q, k, mask)
     if reason:
         raise ConfigError(f"attention={impl} cannot compute this mask: {reason}; use attention=auto")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return {"dense": _dense, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash}[impl](q, k, v, mask, scale)
+    return {"dense": _dense, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash, "flash": _flash}[impl](
+        q, k, v, mask, scale
+    )
 
 
 def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
@@ -102,6 +111,8 @@ def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
         return f"{queries} query slots are not a multiple of {CHUNK}"
     if impl in ("cudnn", "splash") and (mask.diagonals is not None or (mask.drop and dropout.drawing())):
         return f"{impl} takes neither a bias by diagonals nor dropout here"
+    if impl == "flash":
+        return _flash_refusal(q, k, mask, static_start)
     if impl == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"cuDNN needs a 16-bit dtype, not {q.dtype}"
@@ -115,11 +126,23 @@ def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
     return None
 
 
+def _flash_refusal(q: jax.Array, k: jax.Array, mask: Mask, static_start: bool) -> str | None:
+    if q.shape[1] % LANES or k.shape[1] % LANES or not static_start:
+        return f"the flash kernel needs slots in multiples of {LANES}, not {q.shape[1]} and {k.shape[1]}, and no cache"
+    if q.shape[-1] > LANES and q.shape[-1] % LANES:
+        return f"the flash kernel needs a head width of at most {LANES} or a multiple of it, not {q.shape[-1]}"
+    if mask.bias is not None and mask.bias.shape[0] > 1:
+        return "the flash kernel takes one bias for all rows here"
+    return "the flash kernel has no dropout" if mask.drop and dropout.drawing() else None
+
+
 def choose(q: jax.Array, k: jax.Array, mask: Mask, platform: str) -> str:
     """The implementation that "auto" means on `platform`."""
     long = q.shape[1] >= 1024
-    if platform == "tpu" and long and not refusal("splash", q, k, mask):
-        return "splash"
+    if platform == "tpu" and q.shape[1] * k.shape[1] >= 1024**2:
+        kernel = next((kernel for kernel in ("splash", "flash") if not refusal(kernel, q, k, mask)), None)
+        if kernel is not None:
+            return kernel
     if platform == "gpu" and q.shape[1] > 1 and not refusal("cudnn", q, k, mask):
         return "cudnn"
     return "chunked" if long and not refusal("chunked", q, k, mask) else "dense"
@@ -147,28 +170,29 @@ def _scores_and_values(q, k, v, allowed, bias, scale, drop, place) -> jax.Array:
 
 def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
     """Dense attention for CHUNK query slots at a time, recomputed in the backward pass."""
-    chunks, span = q.shape[1] // CHUNK, CHUNK + k.shape[1] - 1
 
     @jax.checkpoint
     def block(i: jax.Array) -> jax.Array:
-        def cut(x, axis):
-            return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * CHUNK, CHUNK, axis)
-
-        diagonals = mask.diagonals
-        if diagonals is not None:
-            diagonals = jax.lax.dynamic_slice_in_dim(diagonals, q.shape[1] - (i + 1) * CHUNK, span, 1)
-        part = dataclasses.replace(
-            mask,
-            q_segments=cut(mask.q_segments, 1),
-            q_offset=mask.q_offset + i * CHUNK,
-            bias=cut(mask.bias, 2),
-            diagonals=diagonals,
-        )
+        some, part = _cut(q, k.shape[1], mask, i, CHUNK)
         with dropout.part(i):
-            return _dense(cut(q, 1), k, v, part, scale)
+            return _dense(some, k, v, part, scale)
 
-    out = jax.lax.map(block, jnp.arange(chunks))
+    out = jax.lax.map(block, jnp.arange(q.shape[1] // CHUNK))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _cut(q: jax.Array, keys: int, mask: Mask, i: jax.Array, size: int) -> tuple[jax.Array, Mask]:
+    """Query slots i * size .. (i + 1) * size - 1 and their mask."""
+
+    def cut(x, axis):
+        return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+    diagonals = mask.diagonals
+    if diagonals is not None:
+        diagonals = jax.lax.dynamic_slice_in_dim(diagonals, q.shape[1] - (i + 1) * size, size + keys - 1, 1)
+    segments, offset = cut(mask.q_segments, 1), mask.q_offset + i * size
+    part = dataclasses.replace(mask, q_segments=segments, q_offset=offset, bias=cut(mask.bias, 2), diagonals=diagonals)
+    return cut(q, 1), part
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
@@ -208,3 +232,70 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, 
     return jax.shard_map(rows, mesh=mesh, in_specs=(wide, wide, wide, flat), out_specs=wide, check_vma=False)(
         q, k, v, segments
     )
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """TPU flash kernel with bias and segment ids, run per shard; chunk by chunk and row by row where there is a bias.
+
+    The bias of a chunk [N, chunk, S] is made once for all rows; its gradient adds up over them.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = (k, v) if groups == 1 else (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    of_q, of_k = mask.q_segments, mask.k_segments
+    if of_q is None:
+        of_q, of_k = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
+    size, apart = _block(q.shape[1], BIASED), dataclasses.replace(mask, q_segments=None, k_segments=None)
+
+    def rows(q, k, v, of_q, of_k, diagonals, bias):
+        here = dataclasses.replace(apart, diagonals=diagonals, bias=bias)
+        if not here.causal and here.window is None and here.diagonals is None and here.bias is None:
+            return _flash_kernel(q, k, v, of_q, of_k, None, scale)
+
+        @jax.checkpoint
+        def block(i: jax.Array) -> jax.Array:
+            some, part = _cut(q, k.shape[1], here, i, size)
+            ids = jax.lax.dynamic_slice_in_dim(of_q, i * size, size, 1)
+            added = _added(part, size, k.shape[1], q.shape[2])
+
+            def row(one: tuple) -> jax.Array:
+                return _flash_kernel(*(x[None] for x in one), added, scale)[0]
+
+            return jax.lax.map(row, (some, k, v, ids, of_k))
+
+        out = jax.lax.map(block, jnp.arange(q.shape[1] // size))
+        return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+    arrays = q, k, v, of_q, of_k, mask.diagonals, mask.bias
+    current = rules.current()
+    if current is None:
+        return rows(*arrays)
+    mesh, table = current
+    batch, heads = rules.spec(("batch", "act_heads"), (q.shape[0], q.shape[2]), mesh, table)
+    wide, flat = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    own = heads if mask.bias is not None and mask.bias.shape[1] > 1 else None
+    specs = wide, wide, wide, flat, flat, PartitionSpec(heads, None), PartitionSpec(None, own, None, None)
+    return jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=wide, check_vma=False)(*arrays)
+
+
+def _added(mask: Mask, queries: int, keys: int, heads: int) -> jax.Array:
+    """What is added to the scores, float32 [1, N, T, S]: the bias, and NEGATIVE where nobody may look; without segments."""
+    allowed, bias = mask.allowed(queries, keys), mask.whole_bias(queries, keys)
+    bias = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    made = bias if allowed is None else jnp.where(allowed, bias, NEGATIVE)
+    return jnp.broadcast_to(made, (1, heads, queries, keys))
+
+
+def _flash_kernel(q, k, v, of_q, of_k, added, scale) -> jax.Array:
+    """q [B, T, N, H], k and v [B, S, N, H], segments [B, T] and [B, S], added [B, N, T, S] or None -> [B, T, N, H]."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernels
+
+    t, s = _block(q.shape[1]), _block(k.shape[1])
+    sizes = kernels.BlockSizes(t, s, s, 1, t, s, s, t, s, s, t)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
+    out = kernels.flash_attention(q, k, v, added, kernels.SegmentIds(of_q, of_k), block_sizes=sizes)
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype)
+
+
+def _block(slots: int, most: int = 4 * LANES) -> int:
+    """The largest block of at most `most` slots that divides `slots`, a multiple of LANES."""
+    return next(size for size in (4 * LANES, 2 * LANES, LANES) if size <= most and slots % size == 0)

@@ -38,15 +38,32 @@ def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[Mesh]:
     """Trace and run everything inside under `mesh`; `shard` then resolves logical names through `rules`."""
     token = _current.set((mesh, rules))
     try:
-        with jax.set_mesh(mesh):
+        # constants are computed while a program is traced, which devices that are not there cannot do
+        with jax.set_mesh(mesh) if _exists(mesh) else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             yield mesh
     finally:
         _current.reset(token)
 
 
+def _exists(mesh: Mesh) -> bool:
+    """Whether this process can use the mesh's devices; programs are also compiled for those of a topology alone."""
+    first = mesh.devices.flat[0]
+    try:
+        return first in jax.devices(first.platform)
+    except RuntimeError:
+        return False
+
+
 def current() -> tuple[Mesh, Rules] | None:
     """The mesh and rules in use, or None."""
     return _current.get()
+
+
+def platform() -> str:
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu". A mesh may be of devices that are not there."""
+    current = _current.get()
+    name = jax.default_backend() if current is None else current[0].devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PartitionSpec:

@@ -1,0 +1,171 @@
+"""The body of `python -m vlm_jax plan`: what a recipe takes on chips that are not there, as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax import recipe as recipes
+from vlm_jax.config import ConfigError, one_of
+from vlm_jax.parallel import hosts
+from vlm_jax.parallel.mesh_config import AXES, MeshConfig
+from vlm_jax.planning.chips import Topology
+from vlm_jax.planning.chips import topology as parse_topology
+from vlm_jax.planning.plan import Plan, describe, gib, mesh_of
+from vlm_jax.planning.plan import plan as make_plan
+from vlm_jax.recipe import Recipe
+
+STEPS = ("train", "prefill", "decode")
+DOES_NOT_FIT = 3  # exit code
+
+
+def plan(
+    config: Any, topology: str, mesh: str = "", step: str = "train", search: bool = False, rows: int = 8, slots: int = 1024,
+    new: int = 256, out: str = "",
+) -> int:  # fmt: skip
+    """Compile, print, and write JSON to `out`; returns 0 if the step fits, else DOES_NOT_FIT."""
+    one_of("--step", step, STEPS)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    recipe, where = recipes.of_vlm(config), parse_topology(topology)
+    recipe = dataclasses.replace(recipe, mesh=mesh_of(mesh, recipe.mesh))
+    if search:
+        if step != "train":
+            raise ConfigError("--search tries train.accum, train.remat and mesh: it needs --step train")
+        found = _search(recipe, where)
+    else:
+        found = [(recipe, make_plan(recipe, where, step, rows, slots, new))]
+        print(page(*found[0]))
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps([as_json(*one) for one in found], indent=1) + "\n")
+    return 0 if any(p.fits for _, p in found) else DOES_NOT_FIT
+
+
+def page(recipe: Recipe, p: Plan) -> str:
+    """Everything about one plan, as text."""
+    t, chip = recipe.train, p.topology.chip
+    mesh = ", ".join(f"{axis} {n}" for axis, n in zip(AXES, p.mesh) if n > 1) or "one chip"
+    what = (
+        f"{t.global_batch} rows of {recipe.data.row_length} slots, accum {t.accum}, remat {t.remat}"
+        if p.step == "train"
+        else p.step
+    )
+    lines = [
+        f"{describe(recipe.model)} on {p.topology} ({p.topology.count} chips: {mesh}), {what}; compiled in {p.seconds:.0f} s",
+        "",
+    ]
+    lines += ["| per chip | GiB |", "|---|---|"]
+    lines += [f"| {kind} | {gib(size)} |" for kind, size in p.held.items() if size]
+    if p.fits or p.temporaries:
+        lines += [f"| activations kept for the backward pass | {gib(p.saved)} |"] if p.saved else []
+        lines += [f"| other temporaries | {gib(max(0.0, p.temporaries - p.saved))} |"]
+    lines += [f"| peak, of {gib(chip.memory)} | {gib(p.needed)} |", ""]
+    if not p.fits:
+        return "\n".join([*lines, too_large(p)])
+    lines += ["| collective | runs per step | GiB sent by a chip |", "|---|---|---|"]
+    lines += [f"| {kind} | {runs} | {gib(sent)} |" for kind, (runs, sent) in sorted(p.by_kind().items())]
+    lines += ["", "| least time of a step | s |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.4f} |" for name, seconds in p.times.items()]
+    lines += [
+        "",
+        f"{p.flops / 1e12:.2f} useful TFLOP per chip and step; MFU at most {100 * p.mfu:.0f} % (every slot filled, perfect overlap)",
+    ]
+    return "\n".join(lines)
+
+
+def too_large(p: Plan) -> str:
+    """One sentence: how much is missing and what helps."""
+    needs = "more than there is" if math.isinf(p.needed) else f"{gib(p.needed)} GiB"
+    return (
+        f"does not fit: a chip needs {needs} and has {gib(p.topology.chip.memory)} GiB; take more chips, a larger mesh.fsdp or "
+        "mesh.tensor, train.remat=full, a larger train.accum, or let --search try"
+    )
+
+
+def as_json(recipe: Recipe, p: Plan) -> dict[str, Any]:
+    """A plan as numbers: bytes, seconds, FLOPs per chip."""
+    t = recipe.train
+    return {
+        "topology": str(p.topology), "mesh": dict(zip(AXES, p.mesh)), "step": p.step, "model": describe(recipe.model),
+        "global_batch": t.global_batch, "accum": t.accum, "remat": t.remat, "row_length": recipe.data.row_length, "fits": p.fits,
+        "peak_bytes": None if math.isinf(p.needed) else p.needed, "memory_bytes": p.topology.chip.memory, "held_bytes": p.held,
+        "saved_bytes": p.saved, "temporary_bytes": p.temporaries,
+        "collectives": {k: {"runs": n, "sent_bytes": s} for k, (n, s) in p.by_kind().items()},
+        "flops": p.flops, "hardware_flops": p.hardware_flops, "seconds": p.times, "mfu_at_most": p.mfu if p.fits else None,
+        "compile_seconds": p.seconds, "message": p.message,
+    }  # fmt: skip
+
+
+def row(recipe: Recipe, p: Plan) -> str:
+    """A plan as a row of the table that --search prints."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, p.mesh) if n > 1) or "-"
+    peak = "too much" if math.isinf(p.needed) else gib(p.needed)
+    least, mfu = (f"{p.least_seconds:.3f}", f"{100 * p.mfu:.0f} %") if p.fits else ("", "")
+    cells = (
+        mesh,
+        recipe.train.accum,
+        recipe.train.remat,
+        peak,
+        "yes" if p.fits else "no",
+        least,
+        mfu,
+        f"{p.seconds:.0f}",
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _search(recipe: Recipe, where: Topology) -> list[tuple[Recipe, Plan]]:
+    """Plans of every candidate, the best that fits printed at the end. A micro-batch that does not fit makes larger ones needless."""
+    print(
+        f"{describe(recipe.model)} on {where} ({gib(where.chip.memory)} GiB a chip), {recipe.train.global_batch} rows\n"
+    )
+    print("| mesh | accum | remat | peak GiB | fits | least s | MFU at most | compile s |\n|" + "---|" * 8, flush=True)
+    found: list[tuple[Recipe, Plan]] = []
+    for mesh, remat in itertools.product(meshes(recipe, where), ("none", "linears", "full")):
+        for accum in accumulations(recipe, where, mesh):
+            train = dataclasses.replace(recipe.train, remat=remat, accum=accum)
+            candidate = dataclasses.replace(recipe, mesh=mesh, train=train)
+            one = make_plan(candidate, where)
+            found.append((candidate, one))
+            print(row(candidate, one), flush=True)
+            if one.fits:
+                break  # a smaller micro-batch only gathers the weights more often
+    fitting = [one for one in found if one[1].fits]
+    if not fitting:
+        hosts.say(
+            f"nothing that was tried fits {where}: take more chips, shorter rows (data.row_length), or adapters (lora)"
+        )
+        return found
+    best = min(fitting, key=lambda one: one[1].least_seconds)
+    print("\nThe fastest that fits:\n\n" + page(*best) + "\n\n" + overrides(*best))
+    return [best, *(one for one in found if one is not best)]
+
+
+def overrides(recipe: Recipe, p: Plan) -> str:
+    """Flags that give this plan on the command line of train."""
+    mesh = " ".join(f"--config.mesh.{axis}={n}" for axis, n in zip(AXES, p.mesh))
+    return f"{mesh} --config.train.accum={recipe.train.accum} --config.train.remat={recipe.train.remat}"
+
+
+def meshes(recipe: Recipe, where: Topology) -> Iterator[MeshConfig]:
+    """fsdp over all chips, then with more and more of them along tensor, as far as rows and heads divide."""
+    llm = recipe.model.llm
+    for tensor in (1, 2, 4, 8):
+        fsdp, rest = divmod(where.count, tensor)
+        heads = getattr(llm, "kv_heads", llm.heads)
+        if rest or heads % tensor or recipe.train.global_batch % fsdp:
+            continue
+        yield MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
+
+
+def accumulations(recipe: Recipe, where: Topology, mesh: MeshConfig) -> Sequence[int]:
+    """Numbers of micro-batches, fewest first, that leave a row for every shard of the batch."""
+    data, fsdp, *_ = mesh.resolve(where.count)
+    most = recipe.train.global_batch // (data * fsdp)
+    return [n for n in range(1, most + 1) if most % n == 0]

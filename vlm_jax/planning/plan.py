@@ -1,0 +1,214 @@
+"""Compile one program of a recipe for a topology and say what it takes: bytes, collectives, FLOPs, and the least time of a step.
+
+peak bytes   = arguments + temporaries of the compiled program (XLA's own plan), per chip
+least time   = max(FLOPs with recomputation / peak FLOP/s,  bytes sent / link bandwidth,  bytes of weights and cache / memory bandwidth)
+MFU at most  = useful FLOPs / (least time x peak FLOP/s)       useful: no recomputation, train.flops, every slot filled
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from vlm_jax.config import ConfigError, LLMConfig
+from vlm_jax.parallel import rules
+from vlm_jax.parallel.mesh import make_mesh
+from vlm_jax.parallel.mesh_config import AXES, MeshConfig
+from vlm_jax.planning import programs
+from vlm_jax.planning.chips import GIB, Topology
+from vlm_jax.planning.collectives import Collective, collectives
+from vlm_jax.planning.devices import devices
+from vlm_jax.recipe import Recipe
+from vlm_jax.train import state as states
+from vlm_jax.train.flops import Cost, training_cost
+
+# XLA's effort to make the program fast: at -1 it compiles several times faster, and memory comes out alike
+EFFORT = {"exec_time_optimization_effort": -1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one program takes on one chip of `topology`; bytes. needed: peak, as the compiler states it where it does not fit.
+
+    held: arguments by kind; saved: what the backward pass keeps (part of temporaries); seconds: of compilation.
+    """
+
+    topology: Topology
+    mesh: tuple[int, ...]
+    step: str
+    fits: bool
+    needed: float
+    held: dict[str, float]
+    saved: float
+    temporaries: float
+    collectives: tuple[Collective, ...]
+    flops: float
+    hardware_flops: float
+    read: float
+    seconds: float
+    message: str = ""
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds that each resource needs at its peak."""
+        chip = self.topology.chip
+        sent = sum(c.sent for c in self.collectives)
+        return {
+            "compute": self.hardware_flops / chip.flops,
+            "links": sent / chip.links,
+            "memory": self.read / chip.bandwidth,
+        }
+
+    @property
+    def least_seconds(self) -> float:
+        """The roofline: no resource can be faster."""
+        return max(self.times.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation at the roofline."""
+        return self.flops / (self.least_seconds * self.topology.chip.flops) if self.least_seconds else 0.0
+
+    def by_kind(self) -> dict[str, tuple[int, float]]:
+        """{collective: (runs, bytes sent)} of a step."""
+        found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+        for c in self.collectives:
+            found[c.kind][0] += c.runs
+            found[c.kind][1] += c.sent
+        return {kind: (int(n), sent) for kind, (n, sent) in found.items()}
+
+
+def plan(
+    recipe: Recipe, topology: Topology, step: str = "train", rows: int = 8, slots: int = 1024, new: int = 256
+) -> Plan:
+    """Compile `step` of a recipe; rows, slots, new: of prefill and decode. A program that does not fit gives a Plan with fits=False."""
+    mesh = make_mesh(recipe.mesh, devices(topology))
+    chip, began = topology.chip, time.perf_counter()
+    with rules.use(mesh):
+        if step == "train":
+            made = programs.train_program(recipe, _platform(topology))
+        else:
+            made = programs.decode_program(recipe, _platform(topology), step, rows, slots, new)
+        cost = _training_flops(recipe) if step == "train" else _reading_flops(recipe, step, rows, slots)
+        useful, hardware = (x / topology.count for x in cost)
+        read = _bytes_read(recipe, made, step)
+        common: dict[str, Any] = {
+            "topology": topology,
+            "mesh": recipe.mesh.resolve(topology.count),
+            "step": step,
+            "held": made.held,
+        }
+        common |= {"saved": made.saved, "flops": useful, "hardware_flops": hardware, "read": read}
+        try:
+            compiled = made.lowered.compile(EFFORT if chip.platform == "tpu" else None)
+        except jax.errors.JaxRuntimeError as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            if "temporaries" in str(error):
+                needed += sum(made.held.values())
+            seconds = time.perf_counter() - began
+            return Plan(**common, fits=False, needed=needed, temporaries=0.0, collectives=(), seconds=seconds,
+                        message=" ".join(str(error).split())[:400])  # fmt: skip
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    needed = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    found = tuple(collectives(compiled.as_text(), topology.count))
+    return Plan(**common, fits=needed <= chip.memory, needed=needed, temporaries=memory.temp_size_in_bytes, collectives=found,
+                seconds=time.perf_counter() - began)  # fmt: skip
+
+
+def out_of_memory(message: str) -> float | None:
+    """Bytes that a program needs, from the compiler's refusal ("Used 28.33G of 15.75G hbm", "required for HLO temporaries (25.96G)");
+    None for another error."""
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
+    if found:
+        return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)
+    return float("inf") if "RESOURCE_EXHAUSTED" in message else None
+
+
+def _platform(topology: Topology) -> str:
+    return "tpu" if topology.chip.platform == "tpu" else "cuda"
+
+
+def full_counts(recipe: Recipe) -> dict[str, float]:
+    """What a batch holds when every slot is filled by samples of data.sample_length (of a row's length where that is shorter)."""
+    d, batch = recipe.data, recipe.train.global_batch
+    slots, sample = batch * d.row_length, min(d.sample_length or d.row_length, d.row_length)
+    samples = batch * min(d.views_per_row, d.max_samples or d.views_per_row)
+    sample = min(sample, d.row_length / min(d.views_per_row, d.max_samples or d.views_per_row))
+    counts = {"slots": slots, "pairs": slots * sample / 2, "views": batch * d.views_per_row}
+    if recipe.model.encoder_decoder:
+        answers = batch * d.answer_length
+        each = answers / samples
+        counts |= {"answers": answers, "answer_pairs": answers * each / 2, "cross_pairs": answers * sample}
+    return counts
+
+
+def _training_flops(recipe: Recipe) -> tuple[float, float]:
+    """(useful, with recomputation) FLOPs of one update."""
+    cost = training_cost(recipe.model, states.chosen(recipe.model, recipe.train), bool(recipe.data.feature_cache))
+    counts = full_counts(recipe)
+    useful = cost.total(**counts)
+    if recipe.train.remat == "none":
+        return useful, useful
+    forward = training_cost(recipe.model, (), bool(recipe.data.feature_cache))
+    again = Cost(
+        *(f if c > f else 0.0 for f, c in zip(forward, cost))
+    )  # only what gradients pass through is computed again
+    if recipe.train.remat == "linears":
+        again = again._replace(slot=0.0, view=0.0, answer=0.0)
+    return useful, useful + again.total(**counts)
+
+
+def _reading_flops(recipe: Recipe, step: str, rows: int, slots: int) -> tuple[float, float]:
+    """FLOPs of a prefill, or of one token for every row."""
+    forward = training_cost(recipe.model, ())
+    if step == "prefill":
+        one = forward.total(slots, slots * slots / 2, 1)
+        return rows * one, rows * one
+    one = forward.slot + forward.pair * slots
+    return rows * one, rows * one
+
+
+def _bytes_read(recipe: Recipe, made: programs.Program, step: str) -> float:
+    """Bytes of weights, moments, cache and saved activations that one chip must move in a step."""
+    if step != "train":
+        return made.held["parameters"] + made.held.get("cache", 0.0)
+    passes = 2 + (recipe.train.remat != "none")
+    weights = (made.held["parameters"] + made.held["frozen"]) * passes * recipe.train.accum
+    update = (
+        2 * made.held["optimizer"] + 3 * made.held["parameters"]
+    )  # moments in and out; gradients in, parameters in and out
+    return weights + update + 2 * made.saved * recipe.train.accum
+
+
+def mesh_of(text: str, default: MeshConfig) -> MeshConfig:
+    """ "fsdp=64,tensor=4" -> MeshConfig; empty: the recipe's."""
+    if not text:
+        return default
+    sizes = {}
+    for part in text.split(","):
+        axis, equals, count = part.partition("=")
+        if axis not in AXES or not equals or not re.fullmatch(r"-?\d+", count):
+            raise ConfigError(f"--mesh {text!r}: give axes as fsdp=64,tensor=4, of {', '.join(AXES)}")
+        sizes[axis] = int(count)
+    sizes.setdefault("fsdp", 1 if -1 in sizes.values() else -1)
+    return MeshConfig(**sizes)
+
+
+def describe(model: Any) -> str:
+    """A model in a word, e.g. "4096 x 32"."""
+    llm = model.llm
+    layers = llm.layers if isinstance(llm, LLMConfig) else llm.encoder_layers + llm.decoder_layers
+    return f"{llm.width} x {layers}"
+
+
+def gib(x: float) -> str:
+    """Bytes as GiB."""
+    return f"{x / GIB:.2f}"
