@@ -5,9 +5,9 @@
         --config.data.path="('blip_laion_cc_sbu_558k.json',)" --config.data.image_folder=DIR/images
 
 Words: xl | xxl | t5_11b (their ablation, on the original T5); stage1 | stage2; whole_text (stage 1 without splitting captions, another
-ablation); unpacked (one sample per row, as published); compat (their loss average, schedule, and no clipping); smoke (seconds on a CPU,
-generated data, random weights). Stage 2 reads llava_v1_5_mix665k_flattened_multi_turn.json, or LLaVA's mix665k as a source with
-flatten="pairs".
+ablation); unpacked (one sample per row, as published); compat (their loss average, schedule, bfloat16 logits and no clipping); smoke
+(seconds on a CPU, generated data, random weights). Stage 2 reads llava_v1_5_mix665k_flattened_multi_turn.json, or LLaVA's mix665k as a
+source with flatten="pairs"; there, data.shared_images=True with data.views_per_row=2 encodes an image once for all its questions.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def get_config(words: str = ""):
         train = dataclasses.replace(train, global_batch=256 if first else 96)
     if "compat" in chosen:
         share = (8 if first else 16) if "unpacked" in chosen else 1  # means over the micro-batches of 8 GPUs
-        compat = Compat(loss_normalisation="per_microbatch", zero_first_lr=True)
+        compat = Compat(loss_normalisation="per_microbatch", zero_first_lr=True, logits_dtype="bfloat16")
         # the trainer left clipping to DeepSpeed, whose settings had none
         train = dataclasses.replace(train, accum=share, clip_norm=None, compat=compat)
     recipe = Recipe(

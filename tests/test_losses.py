@@ -31,6 +31,25 @@ def test_sums_and_gradients_equal_the_plain_loss(chunk):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_logits_can_be_rounded_as_bfloat16_models_round_them():
+    """Values and gradients are those of the loss behind a cast to bfloat16 and back, compiled or not."""
+    x, w, y, m = case()
+
+    def behind_a_cast(x):
+        rounded = (x @ w).astype(jnp.bfloat16).astype(jnp.float32)
+        return plain(rounded, jnp.eye(w.shape[1]), y, m)[0]
+
+    def ours(x):
+        return cross_entropy(x, w, y, m, 7, "bfloat16").loss
+
+    wanted, by_hand = jax.value_and_grad(behind_a_cast)(x)
+    for f in (ours, jax.jit(ours)):
+        loss, gradient = jax.value_and_grad(f)(x)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+        np.testing.assert_allclose(gradient, by_hand, atol=0.05)
+        assert abs(float(loss) - float(cross_entropy(x, w, y, m, 7).loss)) > 1e-3, "rounding matters"
+
+
 def test_no_supervised_token_gives_zeros():
     x, w, y, m = case()
     sums = cross_entropy(x, w, y, m * 0, 8)

@@ -1,4 +1,4 @@
-"""A training run to be killed: python run_training.py FOLDER STEPS [most bytes in a file]."""
+"""A training run to be killed: python run_training.py FOLDER STEPS [most bytes in a file]; ENCODER_DECODER=1: of T5, with dropout."""
 
 import dataclasses
 import os
@@ -15,6 +15,9 @@ from vlm_jax.train.loop import train  # noqa: E402
 from vlm_jax.train.options import STAGE1  # noqa: E402
 
 SLOW = float(os.environ.get("SECONDS_PER_BATCH", "0"))
+ENCODER_DECODER = bool(os.environ.get("ENCODER_DECODER"))
+if ENCODER_DECODER:
+    from tests.contracts.test_encoder_decoder import MODEL, with_answers  # noqa: F811
 
 
 class SlowBatches(Batches):
@@ -22,7 +25,8 @@ class SlowBatches(Batches):
 
     def __next__(self):
         time.sleep(SLOW)
-        return super().__next__()
+        step, rows = super().__next__()
+        return step, with_answers(rows, step) if ENCODER_DECODER else rows
 
 
 def main(folder: str, steps: str, limit: str = "") -> None:
@@ -36,7 +40,7 @@ def main(folder: str, steps: str, limit: str = "") -> None:
         MODEL,
         lambda start, state: SlowBatches(start, rows=2),
         folder,
-        source=Weights(),
+        source=Weights(MODEL),
         progress=False,
     )
     print(f"ended: {result.status} at {result.step}")

@@ -15,8 +15,8 @@ SCRIPT = Path(__file__).with_name("run_training.py")
 STEPS = 14
 
 
-def start(folder, slow=0.0):
-    env = os.environ | {"SECONDS_PER_BATCH": str(slow), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+def start(folder, slow=0.0, **more):
+    env = os.environ | {"SECONDS_PER_BATCH": str(slow), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | more
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), str(STEPS)], env=env, **pipes)
 
@@ -62,6 +62,19 @@ def test_kill_9_and_restart(undisturbed, tmp_path, step):
     text = finish(start(tmp_path))
     assert f"ended: finished at {STEPS}" in text, text
     assert curve(tmp_path) == curve(undisturbed)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_is_killed_too(tmp_path):
+    """What T5's dropout draws depends on the step alone; the program is compiled once for all three processes."""
+    both = {"ENCODER_DECODER": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    assert f"ended: finished at {STEPS}" in finish(start(tmp_path / "whole", **both))
+    process = start(tmp_path / "killed", slow=0.15, **both)
+    wait_for_step(tmp_path / "killed", 8, process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert f"ended: finished at {STEPS}" in finish(start(tmp_path / "killed", **both))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
 def test_sigterm_saves_and_leaves_with_0(undisturbed, tmp_path):

@@ -19,6 +19,7 @@ from vlm_jax.data import packing
 from vlm_jax.data.epochs import Epochs, Packing
 from vlm_jax.data.image_source import ImageError, ImageSource
 from vlm_jax.data.images import check_exists, image_size
+from vlm_jax.data.sharing import views_shown
 
 LOOKS = ("decode", "header", "skip")
 ROW_LENGTHS = (2048, 4096, 8192)
@@ -71,17 +72,19 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """The samples of one epoch: slots, image views and answer slots of each, int [n]."""
+    """The samples of one epoch: slots, image views and answer slots of each, int [n]; groups: those that share views (data.sharing)."""
 
     lengths: np.ndarray
     views: np.ndarray
     answers: np.ndarray
+    groups: np.ndarray | None = None
 
     @classmethod
     def of_epoch(cls, epochs: Epochs) -> Samples:
         """Those of the first epoch of a run."""
         m, chosen = epochs.manifest, epochs.manifest.usable[epochs.mixture.order(0)]
-        return cls(m.lengths[chosen], m.views[chosen], m.answers[chosen])
+        groups = None if epochs.groups is None else epochs.groups[chosen]
+        return cls(m.lengths[chosen], m.views[chosen], m.answers[chosen], groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +109,14 @@ def fill(samples: Samples, how: Packing, row_length: int, budget: int) -> Fillin
     lengths, views = np.minimum(samples.lengths[fits], row_length), samples.views[fits]
     room = max(1, round(how.answer_length * row_length / how.row_length))
     answers = (np.minimum(samples.answers[fits], room), room) if samples.answers.any() else (None, 0)
-    rows = len(lengths)
+    rows, shown = len(lengths), views.sum()
     if how.order == "packed":
+        groups = None if samples.groups is None else samples.groups[fits]
         limits = row_length, budget, how.seed, 0, how.window, how.max_samples
-        rows = len(packing.plan(lengths, views, *limits, np.arange(len(lengths)), *answers))
-    used = [float(taken.sum()) / (max(rows, 1) * size) for taken, size in ((lengths, row_length), (views, budget))]
+        made = packing.plan(lengths, views, *limits, np.arange(len(lengths)), *answers, groups)
+        rows = len(made)
+        shown = shown if groups is None else views_shown(made.starts, made.samples, views, groups)
+    used = [float(taken) / (max(rows, 1) * size) for taken, size in ((lengths.sum(), row_length), (shown, budget))]
     return Filling(row_length, budget, rows, *used, int((~fits).sum()))
 
 

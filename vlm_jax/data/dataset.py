@@ -66,6 +66,7 @@ def packing_of(data: DataConfig, **more: Any) -> Packing:
         sample_length=data.sample_length,
         answer_length=data.answer_length,
         max_samples=data.max_samples,
+        shared_images=data.shared_images,
         order=data.order,
         seed=data.seed,
         sources=named_sources(data),

@@ -33,7 +33,8 @@ class Packing:
 
     row_length slots, view_budget image views and (encoder-decoder models) answer_length answer slots per row, sample_length slots
     per sample (default: a row), max_samples per row (1: unpacked). order: see DataConfig; `group` is the number of rows of a step,
-    which "modality_length" fills with samples of like length.
+    which "modality_length" fills with samples of like length. shared_images: samples with the same images come into one row and share
+    its views (order "packed").
 
     epochs passes in an order drawn from seed, and more until there are least_rows. sources, epoch_samples: see `data.mixture`
     (default: every source once). Up to max_bad broken samples (None: any number) and max_bad_share unusable ones are left out.
@@ -52,6 +53,7 @@ class Packing:
     order: str = "packed"
     group: int = 1
     least_rows: int = 0
+    shared_images: bool = False
     sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
     epoch_samples: int = 0
 
@@ -80,16 +82,22 @@ class Packing:
             keys["data.answer_length"] = self.answer_length
         if self.order == "modality_length":
             keys["train.global_batch"] = self.group
+        if self.shared_images:
+            keys["data.shared_images"] = True
         return keys
 
 
 class Epochs:
-    """Rows 0 .. len - 1 of a run over the records of `manifests` (name -> manifest; numbered through them, one after another)."""
+    """Rows 0 .. len - 1 of a run over the records of `manifests` (name -> manifest; numbered through them, one after another).
+
+    groups int64 [records]: equal for records of a source with the same images; None unless they share their views.
+    """
 
     def __init__(self, manifests: Mapping[str, Manifest], how: Packing):
         self.how, self.manifest = how, Manifest.join(list(manifests.values()))
         self.has_answers = bool(self.manifest.answers.any())
         self._usable = self.manifest.usable
+        self.groups = _groups(list(manifests.values())) if how.shared_images else None
         counted = {name: (how.sources.get(name, Source()), len(m.usable)) for name, m in manifests.items()}
         self.mixture = Mixture(counted, how.epoch_samples, how.seed)
         self._plans: collections.OrderedDict[int, packing.Plan] = collections.OrderedDict()
@@ -135,7 +143,8 @@ class Epochs:
         if h.order == "packed":
             answers = (m.answers[chosen], h.answer_length) if self.has_answers else (None, 0)
             limits = h.row_length, h.view_budget, h.seed, epoch, h.window, h.max_samples
-            made = packing.plan(m.lengths[chosen], m.views[chosen], *limits, np.arange(n), *answers)
+            groups = None if self.groups is None else self.groups[chosen]
+            made = packing.plan(m.lengths[chosen], m.views[chosen], *limits, np.arange(n), *answers, groups)
         else:
             order = np.arange(n) if h.order == "shuffled" else self._by_modality(m.words[chosen], epoch)
             made = packing.Plan(np.arange(n + 1), order)
@@ -150,3 +159,9 @@ class Epochs:
 
         # one sample to a row: to deal a mega-batch to `group` chunks of one or to one chunk of `group` is the same
         return np.asarray(sampler.group_by_modality_length(words.tolist(), self.how.group, 1, permute))
+
+
+def _groups(manifests: list[Manifest]) -> np.ndarray:
+    """Per source, because a checkpoint keeps of every source by itself which of its samples are alike."""
+    ends = np.cumsum([len(part) for part in manifests])
+    return np.concatenate([part.alike() + end - len(part) for part, end in zip(manifests, ends)])

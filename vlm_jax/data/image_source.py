@@ -39,6 +39,11 @@ class ImageSource:
         name = f"{self.path}:{self.member}" if self.member else self.path
         return f"image {name}" + (f" of {self.record}" if self.record else "")
 
+    @property
+    def key(self) -> tuple[str, tuple[int, int] | None, bytes | None]:
+        """What tells images apart: the file and the piece of it, or the bytes."""
+        return ("", None, self.data) if self.data is not None else (self.path, self.piece, None)
+
     @classmethod
     def of(cls, image: ImageSource | str | Path | bytes, record: str = "") -> ImageSource:
         """A source from whatever a sample holds: a source (given the record's name if it has none), a path, or encoded bytes."""

@@ -6,7 +6,8 @@ answers    answer slots (encoder-decoder models), else 0        images     image
 words      words, negative without an image (data.sampler)      generated  images that are to be generated
 cut        slots that were cut off: 0 = the sample is whole     status     OK, REJECTED (images do not fit, nothing
 supervised tokens with loss                                                supervised) or BAD (broken record or image)
-ids        64-bit hash of the record's id
+ids        64-bit hash of the record's id                       shown      64-bit hash of the images that are shown, 0
+                                                                           without any (data.sharing)
 sizes      [all images, 2] (w, h), one record after another; (0, 0) where only the file's existence was looked at
 """
 
@@ -26,6 +27,7 @@ from vlm_jax.data import images, sampler
 from vlm_jax.data.image_source import ImageError, ImageSource
 from vlm_jax.data.packing import Slots, expand, truncate
 from vlm_jax.data.records import Record
+from vlm_jax.data.sharing import alike, hash_of_images
 from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import slots_of_image, views_of_image
 
@@ -35,6 +37,7 @@ EXISTS, HEADER, DECODE = 0, 1, 2
 COLUMNS = {
     **dict.fromkeys(("lengths", "views", "answers", "words", "cut", "supervised", "images", "generated"), np.int32),
     "ids": np.uint64,
+    "shown": np.uint64,
     "checks": np.uint32,
     "status": np.int8,
 }
@@ -145,9 +148,10 @@ class Layout:
     def measure_one(self, record: Any, index: int) -> tuple[dict[str, int], list[Size]]:
         """(columns of the record, sizes of its images); raises what makes it unusable."""
         sample, name = self.encode(record), name_of(record, index)
-        sizes = self.sizes(sources_of(sample, name))
+        sources = sources_of(sample, name)
+        sizes = self.sizes(sources)
         self.sizes([ImageSource.of(image, name) for image in sample.generated])
-        placed, _, views = self.place(sample, sizes, name)
+        placed, count, views = self.place(sample, sizes, name)
         return {
             "lengths": len(placed),
             "views": views,
@@ -158,6 +162,7 @@ class Layout:
             "images": len(sizes),
             "generated": len(sample.generated),
             "ids": hash_of_id(record, index),
+            "shown": hash_of_images(sources[:count], views),
             "checks": checksum(sample),
         }, sizes
 
@@ -175,6 +180,7 @@ class Manifest:
     images: np.ndarray
     generated: np.ndarray
     ids: np.ndarray
+    shown: np.ndarray
     checks: np.ndarray
     status: np.ndarray
     sizes: np.ndarray
@@ -239,10 +245,15 @@ class Manifest:
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         return digest.hexdigest()[:32]
 
-    def summary(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the manifest (JSON), to tell later what has changed."""
+    def summary(self, shared: bool = False) -> dict[str, Any]:
+        """What a checkpoint keeps of the manifest (JSON), to tell later what has changed; shared: the order depends on equal images."""
         totals = {name: int(getattr(self, name).sum()) for name in ("lengths", "views", "answers")}
+        totals |= {"alike": hashlib.sha256(self.alike().tobytes()).hexdigest()[:32]} if shared else {}
         return {"records": len(self), "usable": self.count(OK), **totals, "digest": self.digest()}
+
+    def alike(self) -> np.ndarray:
+        """The first record that shows the same images as each, int64 [N]; its own number where there are none."""
+        return alike(self.shown)
 
 
 def _exists(source: ImageSource) -> Size:

@@ -30,7 +30,7 @@ from vlm_jax.data.manifest import BAD, COLUMNS, OK, DataError, Layout, Manifest,
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # records measured by one worker at a time
-VERSION = 2  # of the measurement: a cached manifest of another version is measured again
+VERSION = 3  # of the measurement: a cached manifest of another version is measured again
 SHOWN = 20  # sentences about unusable records that are logged
 
 

@@ -54,6 +54,8 @@ class DataConfig:
     order: "packed" fills rows of row_length slots with several samples; "modality_length" (LLaVA's group_by_modality_length) and
     "shuffled" put one sample in a row. views_per_row: images (views) per row. sample_length: longest sample in slots. answer_length:
     slots of a row for the decoder of an encoder-decoder model. max_samples: samples per row; 1 is unpacked, None as many as fit.
+    shared_images: samples of a source with the same images come into one row and are encoded once (the questions of a flattened
+    dialogue, say); views_per_row then counts an image once, however many samples of the row are about it.
 
     generated_watches: if positive, the sources are ignored and this many smart-watch images are drawn (task `generated_task`) under
     the output directory, with a tokenizer of bytes ("byte") or words ("word"), their faces of `generated_material` (pure, mesh, noise),
@@ -80,6 +82,7 @@ class DataConfig:
     sample_length: int = 2048
     answer_length: int = 1024
     max_samples: int | None = None
+    shared_images: bool = False
     generated_watches: int = 0
     generated_task: str = "rounds"
     generated_tokenizer: str = "byte"
@@ -96,6 +99,10 @@ class DataConfig:
     def __post_init__(self):
         at_least_one("data", self, ("row_length", "views_per_row", "sample_length", "answer_length", "threads"))
         one_of("data.order", self.order, ORDERS)
+        if self.shared_images and (self.order != "packed" or self.max_samples == 1):
+            raise ConfigError(
+                "data.shared_images needs several samples in a row: set data.order=packed and data.max_samples=None, or leave it out"
+            )
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(
                 f"data.max_bad_share={self.max_bad_share} must lie between 0 and 1: it is a share of the records"

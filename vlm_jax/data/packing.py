@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import GENERATED, IGNORE, IMAGE
+from vlm_jax.data import sharing
 from vlm_jax.data.t5_text import answer_slots
 from vlm_jax.data.tasks import Sample
 from vlm_jax.models.slots import NEWLINE
@@ -118,7 +119,8 @@ class RowShape:
 class Piece:
     """A sample's place in a row and what is in it, which may be less; slots None: an image turned out to be broken, padding.
 
-    length slots, `views` image views and `answers` answer slots are reserved; pixels uint8 [v, S, S, 3], v <= views.
+    length slots, `views` image views and `answers` answer slots are reserved; pixels uint8 [v, S, S, 3], v <= views. like: number of
+    an earlier piece of the row with the same images; its views are shown, and none are reserved.
     """
 
     length: int
@@ -126,6 +128,7 @@ class Piece:
     slots: Slots | None
     pixels: np.ndarray | None
     answers: int = 0
+    like: int | None = None
 
 
 def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]:
@@ -145,8 +148,10 @@ def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]
         names = ("answer_tokens", "answer_targets", "answer_segments", "answer_positions")
         row |= {name: np.zeros(shape.answers, np.int32) for name in names}
         row["answer_weights"] = np.zeros(shape.answers, np.float32)
-    at, view, answer = 0, 0, 0
+    at, free, answer, first_views = 0, 0, 0, []
     for number, piece in enumerate(pieces, start=1):
+        view = free if piece.like is None else first_views[piece.like]
+        first_views.append(view)
         if piece.slots is not None:
             s, here = piece.slots, slice(at, at + len(piece.slots))
             row["tokens"][here], row["targets"][here], row["weights"][here] = s.tokens, s.targets, s.weights
@@ -159,7 +164,8 @@ def build_row(pieces: Sequence[Piece], shape: RowShape) -> dict[str, np.ndarray]
                 row[shape.key][view : view + len(piece.pixels)] = piece.pixels
             if s.answer is not None:
                 _place_answer(row, s.answer, answer, number)
-        at, view, answer = at + piece.length, view + piece.views, answer + piece.answers
+        at, answer = at + piece.length, answer + piece.answers
+        free += piece.views if piece.like is None else 0
     return row
 
 
@@ -210,6 +216,7 @@ def plan(
     order: np.ndarray | None = None,
     answers: np.ndarray | None = None,
     answer_length: int = 0,
+    groups: np.ndarray | None = None,
 ) -> Plan:
     """Which samples share a row in `epoch`: each of `order` once, within all budgets.
 
@@ -217,7 +224,8 @@ def plan(
     answer_length answer slots.
 
     lengths, views, answers: [n] slots, image views and answer slots of every sample. `order` (default: all n, shuffled by seed and
-    epoch) lets a mixture choose which samples an epoch has.
+    epoch) lets a mixture choose which samples an epoch has. groups [n]: samples with the same number show the same images; they are kept
+    together, and their views count once in a row (data.sharing).
     """
     order = permutation(len(lengths), seed, epoch) if order is None else np.asarray(order)
     table = [(lengths, row_length, "slots"), (views, view_budget, "views")]
@@ -228,13 +236,23 @@ def plan(
         if (cost > limit).any():
             worst = order[int(cost.argmax())]
             raise ValueError(f"sample {worst} takes {cost.max()} {word}, more than the {limit} of a row")
-    bins = first_fit_decreasing(costs, limits, window)
+    bins = (
+        first_fit_decreasing(costs, limits, window) if groups is None else _bins(costs, limits, window, groups[order])
+    )
     shuffled = permutation(bins.max(initial=-1) + 1, seed, epoch, 1)
     numbers = np.empty_like(shuffled)
     numbers[shuffled] = np.arange(len(shuffled))
     rows = numbers[bins]
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(shuffled)))])
     return Plan(starts.astype(np.int64), order[np.argsort(rows, kind="stable")].astype(np.int32))
+
+
+def _bins(costs: list[np.ndarray], limits: Sequence[int], window: int, groups: np.ndarray) -> np.ndarray:
+    """`first_fit_decreasing` of bundles: all costs of a bundle add up but the second, that of views."""
+    added = [0, *range(2, len(costs))]
+    bundle = sharing.bundles(groups, [costs[k] for k in added], [limits[k] for k in added])
+    united = [(sharing.largest if k == 1 else sharing.totals)(cost, bundle) for k, cost in enumerate(costs)]
+    return first_fit_decreasing(united, limits, window)[bundle]
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:

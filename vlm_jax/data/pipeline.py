@@ -120,11 +120,19 @@ class Rows:
                 yield ImageSource.of(image, name_of(record, inside))
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        samples = zip(*self.epochs.samples_of(row)) if row < len(self) else ()
-        return packing.build_row([self._piece(int(number), int(turn)) for number, turn in samples], self.shape)
+        samples = zip(*map(np.ndarray.tolist, self.epochs.samples_of(row))) if row < len(self) else ()
+        pieces, first, opened = [], {}, {}
+        for k, (number, turn) in enumerate(samples):
+            piece = self._piece(number, turn, opened)
+            like = k if self.epochs.groups is None else first.setdefault(self.epochs.groups[number], k)
+            pieces.append(piece if like == k else dataclasses.replace(piece, like=like))
+        return packing.build_row(pieces, self.shape)
 
-    def _piece(self, number: int, turn: int) -> packing.Piece:
-        """Encode and decode a record in pass `turn`; a broken image leaves padding of the measured size and is counted."""
+    def _piece(self, number: int, turn: int, opened: dict[tuple, tuple]) -> packing.Piece:
+        """Encode and decode a record in pass `turn`; a broken image leaves padding of the measured size and is counted.
+
+        opened: the images of the row so far, by their key, which are not decoded again.
+        """
         m, (source, inside) = self.manifest, self.source_of(number)
         record = self.sources[source][inside]
         sample, name = self.layout.encode(record), name_of(record, inside)
@@ -135,7 +143,7 @@ class Rows:
         room = Room(int(m.lengths[number]), int(m.views[number]), int(m.answers[number]))
         empty = packing.Piece(room.slots, room.views, None, None, room.answers)
         try:
-            loaded = [self.load(image) for image in sources_of(sample, name)]
+            loaded = [self._open(image, opened) for image in sources_of(sample, name)]
         except ImageError as error:
             self._count_broken(number, str(error))
             return empty
@@ -151,6 +159,11 @@ class Rows:
             return empty
         pixels = np.concatenate([v for v, _ in loaded[:count]]) if count else None
         return dataclasses.replace(empty, slots=slots, pixels=pixels)
+
+    def _open(self, image: ImageSource, opened: dict[tuple, tuple]) -> tuple[np.ndarray, tuple[int, int]]:
+        if image.key not in opened:
+            opened[image.key] = self.load(image)
+        return opened[image.key]
 
     def _count_broken(self, number: int, sentence: str) -> None:
         with self._lock:
@@ -187,7 +200,7 @@ class Rows:
         mixed = {name: self.how.sources.get(name, Source()) for name in self.sources}
         return {
             "seed": self.how.seed,
-            "sources": {name: manifest.summary() for name, manifest in self.manifests.items()},
+            "sources": {name: manifest.summary(self.how.shared_images) for name, manifest in self.manifests.items()},
             "packing": self.how.identity(self.layout.limit, self.epochs.has_answers),
             "mixture": {n: {"weight": s.weight, "repeat": s.repeat, "limit": s.limit} for n, s in mixed.items()},
             "encoder": str(fingerprint(self.layout.encode)) if self._random else "",

@@ -19,6 +19,7 @@ COUNTED = (
     ("answers", "the lengths of answers in {name} changed (they were {then} slots in all and are {now} now)"),
     ("views", "the images of {name} changed ({then} views then, {now} now)"),
     ("digest", "the text or the lengths of samples in {name} changed"),
+    ("alike", "which samples of {name} show the same images changed"),
 )
 SHOWN = 3  # changes that are named
 
@@ -63,11 +64,16 @@ def _of_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = then["sources"], now["sources"]
     found = [f"the source {name} was not there" for name in after if name not in before]
     found += [f"the source {name} is not there any more" for name in before if name not in after]
-    changed = [name for name in after if name in before and before[name]["digest"] != after[name]["digest"]]
+    changed = [name for name in after if name in before and not _same_order(before[name], after[name])]
     if changed:
         found += _of_settings(then["settings"], now["settings"])
     for name in changed:
         a, b = before[name], after[name]
-        key, words = next((key, words) for key, words in COUNTED if a[key] != b[key])
+        key, words = next((key, words) for key, words in COUNTED if a.get(key) != b.get(key))
         found.append(words.format(name=name or "the data", then=a[key], now=b[key]))
     return found
+
+
+def _same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Do two summaries of a manifest stand for the same samples; where images are shared, also for the same partners?"""
+    return then["digest"] == now["digest"] and ("alike" not in then or then["alike"] == now.get("alike", then["alike"]))

@@ -26,11 +26,16 @@ class LossSums(NamedTuple):
 
 
 def cross_entropy(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 512
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int = 512,
+    logits_dtype: str = "float32",
 ) -> LossSums:
     """hidden [B, T, D], kernel [D, V], targets int32 [B, T], weights float32 [B, T] -> sums over all slots.
 
-    At most `chunk` slots of each row have logits at one time.
+    At most `chunk` slots of each row have logits at one time; logits_dtype: what these are rounded to.
     """
     slots = hidden.shape[1]
     groups = -(-slots // chunk)
@@ -44,6 +49,8 @@ def cross_entropy(
     def sums(x: jax.Array, y: jax.Array, w: jax.Array) -> LossSums:
         # the cast belongs inside, so that the gradient of the kernel adds up over the groups in its own dtype
         logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        if logits_dtype == "bfloat16":  # not by casts, which the compiler may leave out
+            logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=7)
         logits = shard(logits, "batch", "length", "act_vocab")
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
         normaliser = highest + jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1))
