@@ -1,6 +1,7 @@
 """The benchmarks of VQAScore on small folders in their published formats: what is asked, the numbers, and files that are not right."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +224,24 @@ def test_genai_video(tmp_path):
     assert numbers("genai_video", tmp_path)["all"]["items"] == 4
 
 
+def test_t2vscore(tmp_path):
+    write(tmp_path, "t2vscore_alignment_score.json", {
+        "0": {"prompt": "1.0", "models": {"gen2": [4.0], "floor33": [1.0], "pika": []}},
+        "12": {"prompt": "0.0", "models": {"gen2": [2.0], "floor33": [3.0]}},
+    })  # fmt: skip
+    shades = {"gen2/video_0000": 0.9, "gen2/video_0012": 0.4, "floor33/video_0000": 0.1, "floor33/video_0012": 0.5}
+    draw(tmp_path, *((f"t2vscore_images/{name}_frame_0000.jpg", shade) for name, shade in shades.items()))
+    items = open_set("t2vscore", tmp_path).items
+    shown = ["/".join(Path(item.images[0].path).parts[-2:]).removesuffix("_frame_0000.jpg") for item in items]
+    assert shown == ["floor33/video_0000", "floor33/video_0012", "gen2/video_0000", "gen2/video_0012"]
+    assert len(items) == 4 and len(items[0].images) == 36 and items[1].texts == ("0.0",)
+    found = numbers("t2vscore", tmp_path)["all"]
+    assert found["items"] == 4 and found["kendall_b"] == pytest.approx(2 / 3)
+    (tmp_path / "t2vscore_images/gen2/video_0012_frame_0000.jpg").unlink()
+    with pytest.raises(UserError, match="gen2 has no video_0012_frame_0000.jpg: cut the videos"):
+        open_set("t2vscore", tmp_path)
+
+
 def test_genai_ranking(tmp_path):
     points = {"00003": [5, 1, *[3] * 7], "00004": [2, 4, *[3] * 7]}
     write(tmp_path, "human_rating.json", {
@@ -307,7 +326,9 @@ def test_commands(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "at least one --image and one --text"),
+        ((), "score needs images and texts: --images"),
+        (("--images", "a.png", "--texts"), "score needs images and texts"),
+        (("--images", "a.png", "b.png", "--texts", "a", " "), "text 2 of 2 is empty"),
         (("--text", "a", "--image", "none.png"), "none.png does not exist"),
         (("--text", "a", "--image", "a.png", "--out", "x.txt"), "must end in .json or .csv"),
         (("--text", "a", "--image", "a.png", "--mode", "best"), "--mode='best' is unknown"),

@@ -51,11 +51,11 @@ def llama_directory(folder, legacy: bool = True, **settings):
     return folder
 
 
-def t5_directory(folder, pieces: int = 180, **settings):
+def t5_directory(folder, pieces: int = 180, text: str = TEXT, **settings):
     """A directory as T5 is published, without its tokenizer.json: unigrams, nmt_nfkc, <pad> </s> <unk> at 0 1 2, no BOS."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split("\n") * 3),
+        sentence_iterator=iter(text.split("\n") * 3),
         model_writer=model,
         model_type="unigram",
         vocab_size=pieces,

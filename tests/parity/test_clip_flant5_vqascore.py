@@ -20,7 +20,7 @@ from vlm_jax.generate.scoring import AnswerScorer, encode_apart
 from vlm_jax.models.vlm import Compute
 
 SCORES = golden(golden_t5.FOLDER, "vqascore_*.json")
-TOLERANCE, BFLOAT16 = 1e-3, 0.1  # relative
+TOLERANCE, BFLOAT16 = 1e-3, 0.07  # relative
 
 
 class Recorded:
@@ -124,7 +124,8 @@ def test_vocabulary_and_precision(path):
     whole = r.score(r.default, whole_vocabulary=True)(r.images, r.captions)
     close(whole, r.z["out/scores_default_unshrunk_vocab"])
     assert (whole < r.z["out/scores_default"]).all()
-    # both are rounded, each in its own places: single scores of this model are up to 11 % (theirs) and 20 % (ours) off
+    # both are rounded, each in its own places: theirs is 4.5 % (RMS) off the float32 scores, ours 4.7 % off theirs, and rounding our
+    # logits as well, as theirs are, leaves it at 4.6 %: what differs is in the layers before
     rough = r.score(r.default, "bfloat16")(r.images, r.captions)
     ratio = np.log(rough / r.z["out/scores_default_bf16_autocast_cpu"])
     assert np.sqrt(np.mean(ratio**2)) < BFLOAT16

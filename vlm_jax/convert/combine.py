@@ -29,7 +29,8 @@ def combined_config(
     if kind == "llm":
         if tower is None and not partial:
             raise CheckpointError(
-                f"{main} is a language model: give a vision tower with --vision, and a projector with --projector"
+                f"{main} is a language model: give a vision tower with --vision, and a projector with --projector, to "
+                "python -m vlm_jax convert"
             )
         config = VLMConfig(vision=tower or VisionConfig(), llm=llm_from_hf(raw, where))
     elif kind == "llava":

@@ -1,11 +1,12 @@
 """The body of `python -m vlm_jax convert`: one model or adapter directory in, another out, streaming.
 
-convert --from LLAVA_DIR --to HF_DIR [--dtype bfloat16] [--names hf|source|llava] [--max_shard 5GB]
+convert --from LLAVA_DIR --to HF_DIR [--dtype bfloat16] [--names hf|source|llava|parts] [--max_shard 5GB]
 convert --from VICUNA_DIR --vision CLIP_DIR --projector mm_projector.bin --to HF_DIR
 convert --from LLAVA_DIR --extract projector --to mm_projector.bin
 convert --from ADAPTER_DIR --base BASE_DIR --merge --to HF_DIR
 convert --from ADAPTER_DIR --base BASE_DIR --to ADAPTER_DIR [--names hf|llava|sq_llava]
 convert --from DELTA_DIR --base BASE_DIR --delta apply --to LLAVA_DIR        (and --delta make)
+convert --from vq_ds16_c2i.pt --to DIR [--config_name vq16]                   (visual tokenizers)
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vlm_jax.config import one_of
+from vlm_jax.convert import visual_tokenizer
 from vlm_jax.convert.delta import SIGNS, convert_delta
 from vlm_jax.convert.manifest import read_manifest
 from vlm_jax.convert.merge import merged, open_adapted
 from vlm_jax.convert.peft import Adapter
 from vlm_jax.convert.read import Checkpoint, model_directory, open_checkpoint
 from vlm_jax.convert.tensors import DTYPES, CheckpointError
-from vlm_jax.convert.tokenizer_files import COPIED
+from vlm_jax.convert.tokenizer_files import MODELS
 from vlm_jax.convert.write import export, export_projector
 from vlm_jax.convert.write_adapter import export_adapter
 
@@ -44,6 +46,10 @@ def convert(**flags: str) -> int:
             "convert needs --from: the LLaVA directory, or the language model of one put together with --vision"
         )
     source, target = flags.pop("from"), flags.pop("to")
+    if visual_tokenizer.is_tokenizer(source):
+        return visual_tokenizer.convert_tokenizer(source, target, **flags)
+    if "config_name" in flags:
+        raise CheckpointError(f"{source} is no visual tokenizer: --config_name has no meaning for it")
     if "delta" in flags:
         return _delta(source, target, **flags)
     checkpoint = convert_model(source, target, **flags)
@@ -87,7 +93,7 @@ def convert_model(
         checkpoint = open_checkpoint(source, **parts)
     names = names or "hf"
     named = checkpoint.raw.get("mm_vision_tower") if checkpoint.kind == "llava" else None
-    tower = tower or parts.get("vision") or named
+    tower = tower or (os.fspath(parts["vision"]) if parts.get("vision") else named)
     if extract:
         export_projector(target, checkpoint.config, checkpoint.leaves, dtype)
     elif adapter and not merge:
@@ -130,7 +136,7 @@ def _rewrite(
 
 def _tokenizer(directory: Path) -> Path | None:
     """`directory` if it has a tokenizer."""
-    return directory if any((directory / name).is_file() for name in COPIED[:2]) else None
+    return directory if any((directory / name).is_file() for name in MODELS) else None
 
 
 def _chat_template(directory: Path) -> str | None:

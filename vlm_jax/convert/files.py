@@ -60,20 +60,35 @@ def _install(stage: Path, target: Path) -> None:
     them.
     """
     files = sorted(stage.iterdir(), key=lambda f: (f.suffix == ".json", f.name in ANNOUNCING, f.name))
-    new = {f.name for f in files}
+    new, parts = {f.name for f in files}, _parts(target)
     for file in files:
-        _remove_folder(target / file.name)
+        there = target / file.name
+        if file.is_dir() and there.is_dir() and any(there.iterdir()) and not _written(there, parts):
+            raise CheckpointError(f"{there} is in the way: no earlier export wrote this folder, give another directory")
+    for file in files:
+        _remove_folder(target / file.name, parts)
         os.replace(file, target / file.name)
-    if any(is_weights(name) for name in new):
+    if any(is_weights(name) for name in new) or _parts(target):
         for old in list(target.iterdir()):
-            if old.name in new or not (is_weights(old.name) or old.name in (*ANNOUNCING, *ADAPTER_PARTS)):
+            if old.name in new or not (is_weights(old.name) or old.name in (*ANNOUNCING, *ADAPTER_PARTS, *parts)):
                 continue
-            _remove_folder(old) if old.is_dir() else old.unlink()
+            _remove_folder(old, parts) if old.is_dir() else old.unlink()
 
 
-def _remove_folder(folder: Path) -> None:
-    """Remove a folder that an adapter was written to; a rename does not replace it."""
-    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+def _parts(directory: Path) -> set[str]:
+    """Folders and files of a model in parts that an export wrote to `directory`, as its manifest says."""
+    manifest = directory / "vlm_jax.json"
+    return set((read_json(manifest).get("parts") or {}).values()) if manifest.is_file() else set()
+
+
+def _written(folder: Path, parts: set[str]) -> bool:
+    """Whether an export wrote this folder: for an adapter, or as one of `parts`."""
+    return (folder / "adapter_config.json").is_file() or folder.name in parts
+
+
+def _remove_folder(folder: Path, parts: set[str]) -> None:
+    """Remove a folder that an export wrote; a rename does not replace it."""
+    if folder.is_dir() and _written(folder, parts):
         shutil.rmtree(folder)
 
 

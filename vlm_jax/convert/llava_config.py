@@ -42,6 +42,7 @@ CLASSES = {
     "mistral": "LlavaMistralForCausalLM",
     "t5": "CLIPT5ForConditionalGeneration",
 }
+STATISTICS = ("image_mean", "image_std")  # as in preprocessor_config.json
 T5_LENGTH = 2048  # tokens of a text that CLIP-FlanT5 was trained with; its positions are relative and have no end
 
 
@@ -57,7 +58,9 @@ def vlm_from_llava(
         raise CheckpointError(f"{where}: LLaVA on MPT is not supported: use a Llama or Mistral based model")
     features = feature_settings(raw, where)
     if vision is None and "vision_config" in raw:  # written by `vlm_to_llava` for a tower without a public name
-        vision = vision_from_hf(raw["vision_config"], where, select="full")
+        described = raw["vision_config"]
+        statistics = {key: described.get(key) for key in STATISTICS}
+        vision = with_processor(vision_from_hf(described, where, select="full"), statistics, where)
     elif vision is None:
         vision = tower_config(str(raw.get("mm_vision_tower") or raw.get("vision_tower") or ""), where, directory)
     if vision.kind == "siglip":  # "patch" drops the class token, and there is none
@@ -166,15 +169,20 @@ def vlm_to_llava(
         "tokenizer_model_max_length": T5_LENGTH if config.encoder_decoder else config.llm.max_position,
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
-        **({} if named else {"vision_config": vision_to_hf(config.vision)}),
+        **({} if named else {"vision_config": describe_tower(config.vision)}),
     }
+
+
+def describe_tower(vision: VisionConfig) -> dict[str, Any]:
+    """`vision_config` of an original config.json: the tower's own, and what pixels are normalised with."""
+    return vision_to_hf(vision) | dict(zip(STATISTICS, (list(vision.mean), list(vision.std))))
 
 
 def known_tower(vision: VisionConfig) -> str | None:
     """Hub name of the known tower with the sizes of `vision`, if there is one."""
     for name, raw in KNOWN_TOWERS.items():
         known = vision_from_hf(raw, name, vision.feature_layers, "full")
-        same = ("kind", "image_size", "patch_size", "width", "layers", "heads", "mlp", "act", "eps")
+        same = ("kind", "image_size", "patch_size", "width", "layers", "heads", "mlp", "act", "eps", "mean", "std")
         if all(getattr(known, field) == getattr(vision, field) for field in same):
             return ("openai/" if vision.kind == "clip" else "google/") + name
     return None

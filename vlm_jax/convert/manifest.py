@@ -1,6 +1,7 @@
 """vlm_jax.json, the manifest of a directory that we wrote: what it holds, and for which base.
 
     {"format": 1, "kind": "model"}
+    {"format": 1, "kind": "model", "parts": {"llm": "t5", ...}, "tensors": {...}}                       see convert.parts
     {"format": 1, "kind": "adapter", "base": "../llava-7b", "names": "hf", "image": {"aspect": "pad", ...}, "mark": [0.02, ...]}
     {"format": 1, "kind": "delta", "base": "../vicuna-13b"}
 
@@ -38,7 +39,8 @@ class Manifest:
     """What `directory` holds: `kind` is model, adapter or delta.
 
     base: directory or Hub name of the model that an adapter or delta belongs to, "" if not said; written: whether the
-    manifest is ours; image: the settings of `image_settings`, {} if not said; mark: some weights of the base, () if not said.
+    manifest is ours; image: the settings of `image_settings`, {} if not said; mark: some weights of the base, () if not said;
+    parts: of a model in parts, {"llm" | "vision" | "projector": folder or file in `directory`}.
     """
 
     directory: Path
@@ -47,6 +49,7 @@ class Manifest:
     written: bool = False
     image: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mark: tuple[float, ...] = ()
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def base_directory(self) -> Path | None:
         """The base's directory where it is here: as written, or relative to this directory."""
@@ -64,7 +67,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
                 f"{directory / FILE} has format {raw.get('format')!r} and kind {raw.get('kind')!r}: this version reads "
                 f"format {FORMAT} and the kinds {', '.join(KINDS)}"
             )
-        more = raw.get("image") or {}, tuple(raw.get("mark") or ())
+        more = raw.get("image") or {}, tuple(raw.get("mark") or ()), raw.get("parts") or {}
         return Manifest(directory, raw["kind"], raw.get("base") or "", True, *more)
     for file in (directory / PEFT_CONFIG, directory / VIT_FOLDER / PEFT_CONFIG):
         if file.is_file():

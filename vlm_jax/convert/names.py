@@ -14,6 +14,7 @@
     llava      model                                   model.vision_tower.vision_tower.vision_model,
                                                        model.mm_projector.0
     clip_t5    (none)                lm_head.          vision_tower.vision_tower.vision_model, mm_projector.0
+    parts      model, of T5 (none)   lm_head.          vision_model, mm_projector.0: see convert.parts
 
 `hf` is what transformers 4.36 to 4.51 published and what every version since reads. Towers and language
 models on their own are read too: their prefixes are those above with the leading parts left out.
@@ -68,7 +69,12 @@ NAMINGS = {
 }
 # of models on T5, whose table of rules is another one
 T5_NAMINGS = {"clip_t5": ("", "lm_head.", "vision_tower.vision_tower.vision_model.", "mm_projector", "")}
-ORIGINAL = ("llava", "clip_t5")  # namings of the original programs: layers of the projector counted 0, 2, 4 ...
+# every part as it is named on its own, of a decoder and of T5
+PART_NAMINGS = {
+    "parts": ("model.", "lm_head.", "vision_model.", "mm_projector", ""),
+    "parts_t5": ("", "lm_head.", "vision_model.", "mm_projector", ""),
+}
+ORIGINAL = ("llava", "clip_t5", *PART_NAMINGS)  # the original programs' layers of the projector: 0, 2, 4 ...
 ROOMS = ("llm", "head", "tower", "projector", "newline")
 
 # what stands before a rule's key, in any naming; `head` before `llm`, whose prefix may be empty
@@ -272,7 +278,7 @@ def _projector(projector: ProjectorConfig, vision: VisionConfig, llm: LLMConfig 
 
 def key_of(entry: Entry, naming: str, projector: str = "mlp2x_gelu") -> str:
     """The checkpoint key of an entry in `naming`; `projector` is its kind, on which LLaVA's names depend."""
-    prefix = (NAMINGS | T5_NAMINGS)[naming][ROOMS.index(entry.room)]
+    prefix = (NAMINGS | T5_NAMINGS | PART_NAMINGS)[naming][ROOMS.index(entry.room)]
     if entry.room != "projector":
         return prefix + entry.key
     n, _, rest = entry.key.partition(".")

@@ -97,19 +97,19 @@ def open_checkpoint(
     refuse_other(main)
     raw = read_json(main / "config.json")
     kind = kind_of(raw, main)
-    vision = vision or (_named_tower(raw, main) if kind == "llava" else None)
-    sources: dict[str, Path | None] = {
-        "tower": vision and Path(vision),
-        "llm": llm and Path(llm),
-        "projector": projector and Path(projector),
-    }
-    pool, found = _collect(main, sources)
+    parts = {part: main / place for part, place in read_manifest(main).parts.items()}
+    if kind == "llava" and not parts:
+        vision = vision or _named_tower(raw, main)
+    given = {"tower": vision or parts.get("vision"), "llm": llm or parts.get("llm")}
+    given["projector"] = projector or parts.get("projector")
+    sources = {part: path and Path(path) for part, path in given.items()}
+    pool, found = _collect(None if parts else main, sources)
     wanted = config or combined_config(kind, raw, main, sources, found, partial)
     if config is None:
         has_head = any(room == "tower" and key.startswith("head.") for room, key in pool)
         wanted = dataclasses.replace(wanted, vision=dataclasses.replace(wanted.vision, pooler_head=has_head))
     if wanted.encoder_decoder:
-        pool = _without_aliases(pool)
+        pool = _t5_tensors(pool, wanted, read_json(sources["llm"] / "config.json") if sources["llm"] else raw)
     if vocab is not None:
         wanted = dataclasses.replace(wanted, llm=dataclasses.replace(wanted.llm, vocab=vocab))
         pool |= {
@@ -203,12 +203,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return read_file(path) if path.suffix == ".safetensors" else read_tensors(path)
 
 
-def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict[str, list[str]]]:
-    """Every tensor by (room, key of the table), each room from its source; and the names found in each
-    source.
+def _collect(main: Path | None, sources: Mapping[str, Path | None]) -> tuple[Pool, dict[str, list[str]]]:
+    """Every tensor by (room, key of the table), each room from its source, the others from `main`; and the names found in each
+    source. A directory that holds a model in parts has no tensors itself: main is then None.
     """
     rooms = {"tower": ("tower",), "llm": ("llm", "head"), "projector": ("projector", "newline")}
-    plan = [("main", main, set(names.ROOMS) - {r for part, path in sources.items() if path for r in rooms[part]})]
+    rest = set(names.ROOMS) - {r for part, path in sources.items() if path for r in rooms[part]}
+    plan = [("main", main, rest)] if main else []
     plan += [(part, path, set(rooms[part])) for part, path in sources.items() if path]
     pool: Pool = {}
     found: dict[str, list[str]] = {}
@@ -231,12 +232,32 @@ def _collect(main: Path, sources: Mapping[str, Path | None]) -> tuple[Pool, dict
     return pool, found
 
 
-def _without_aliases(pool: Pool) -> Pool:
-    """T5's embedding under its one name; a checkpoint may hold it under several, or under another one alone."""
+def _t5_tensors(pool: Pool, config: VLMConfig, raw: Mapping[str, Any]) -> Pool:
+    """T5's embedding under its one name; a checkpoint may hold it under several, or under another one alone.
+
+    raw: T5's config.json. From version 5 on transformers makes heads that are the embedding and yet not scaled: there the head is a
+    second copy. Of a head that is said to be the embedding and is not, nobody knows whether it is scaled: that is refused.
+    """
+    shared, head = ("llm", names.SHARED.key), ("head", "weight")
     aliases = [("llm", key) for key in names.ALIASES]
-    table = next((pool[at] for at in (("llm", names.SHARED.key), *aliases) if at in pool), None)
+    table = next((pool[at] for at in (shared, *aliases) if at in pool), None)
     rest = {at: tensor for at, tensor in pool.items() if at not in aliases}
-    return rest if table is None else rest | {("llm", names.SHARED.key): table}
+    if table is None:
+        return rest
+    if config.llm.tie and head in pool and not _same_rows(table, pool[head]):
+        raise CheckpointError(
+            f"{pool[head].file}: lm_head.weight is another tensor than {table.name}, but config.json says that they are tied: "
+            "set tie_word_embeddings to false there, as FLAN-T5 has it"
+        )
+    if not config.llm.tie and head not in pool and raw.get("tie_word_embeddings", True):
+        rest[head] = table
+    return rest | {shared: table}
+
+
+def _same_rows(one: Tensor, other: Tensor) -> bool:
+    """Whether the first rows of two tables are equal; those of different embeddings never are."""
+    few = tuple(slice(0, min(8, n)) for n in one.shape)
+    return one.shape == other.shape and np.array_equal(one.read(few), other.read(few))
 
 
 def _leaves(config: VLMConfig, pool: Pool, main: Path, partial: bool) -> tuple[dict[str, Leaf], tuple[str, ...]]:
@@ -257,13 +278,13 @@ def _leaves(config: VLMConfig, pool: Pool, main: Path, partial: bool) -> tuple[d
     missing, absent = [], []
     for path, members in parts.items():
         room = members[0][0].room
-        if partial and room not in rooms_here:
+        if partial and ("llm" if room == "head" else room) not in rooms_here:
             missing.append(path)
             continue
         absent += [entry for entry, tensor in members if tensor is None and not entry.optional]
         tensors = tuple(tensor or _neutral(entry, _dtype_of(members)) for entry, tensor in members)
         leaves[path] = Leaf(path, tensors, members[0][0].layout, members[0][0].layer is not None)
-    _refuse_absent(absent, rooms_here, main)
+    _refuse_absent(absent, rooms_here, main, "clip_t5" if config.encoder_decoder else "hf")
     return leaves, tuple(missing)
 
 
@@ -299,13 +320,13 @@ def _refuse_leftovers(config: VLMConfig, pool: Pool, main: Path) -> None:
         )
 
 
-def _refuse_absent(absent: list[Entry], rooms_here: set[str], main: Path) -> None:
+def _refuse_absent(absent: list[Entry], rooms_here: set[str], main: Path, naming: str) -> None:
     """One sentence for a part that is nowhere, or for single tensors that are not there."""
     for room, flag in FLAGS.items():
         if any(entry.room == room for entry in absent) and room not in rooms_here:
-            raise CheckpointError(f"{main} has no {WHAT[room]}: give one with {flag}")
+            raise CheckpointError(f"{main} has no {WHAT[room]}: give one with {flag} to python -m vlm_jax convert")
     if absent:
-        some = _some([names.key_of(entry, "hf") for entry in absent])
+        some = _some([names.key_of(entry, naming) for entry in absent])
         raise CheckpointError(
             f"{main} is incomplete or the checkpoint of another model: by its config it should have {some}"
         )

@@ -16,9 +16,9 @@ from typing import Any
 from vlm_jax.convert.files import read_json
 from vlm_jax.convert.tensors import CheckpointError
 
+MODELS = ("tokenizer.json", "tokenizer.model", "spiece.model")  # a directory with one of them has a tokenizer
 COPIED = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *MODELS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

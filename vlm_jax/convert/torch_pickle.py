@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vlm_jax.convert.files import replacing
+from vlm_jax.convert.pickled_objects import remembered
 from vlm_jax.convert.tensors import DTYPES, CheckpointError, Index, Tensor, resolve
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -146,9 +147,9 @@ CALLS = {
 class _Unpickler(pickle.Unpickler):
     """Resolves a short list of names to functions of this file and refuses every other global."""
 
-    def __init__(self, file: BinaryIO, path: Path, storage: Callable[[str, np.dtype, int], _Storage]):
+    def __init__(self, file: BinaryIO, path: Path, storage: Callable[[str, np.dtype, int], _Storage], objects: bool):
         super().__init__(file, encoding="utf-8")
-        self.path, self.storage = path, storage
+        self.path, self.storage, self.objects = path, storage, objects
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in STORAGES:
@@ -157,6 +158,8 @@ class _Unpickler(pickle.Unpickler):
             return SCALARS[name]
         if (module, name) in CALLS:
             return _Known(CALLS[module, name])
+        if self.objects and (found := remembered(module, name)):
+            return found
         raise CheckpointError(
             f"{self.path} holds the Python object {module}.{name}, not only tensors: it was not run; save a "
             "plain state dict or "
@@ -177,19 +180,20 @@ class _Unpickler(pickle.Unpickler):
         return window
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, objects: bool = False) -> Any:
     """The object that `torch.save` wrote, with lazy `Tensor`s in place of tensors (named by their keys,
     joined with dots).
 
     No code of the file is run. Any global other than torch's tensor constructors, a truncated file, or a file
-    of another kind raises one sentence naming the file.
+    of another kind raises one sentence naming the file. objects: what training programs save beside tensors
+    becomes `pickled_objects.Remembered`.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             start = file.read(4)
             file.seek(0)
-            found = _load_zip(file, path) if start == b"PK\x03\x04" else _load_legacy(file, path)
+            found = (_load_zip if start == b"PK\x03\x04" else _load_legacy)(file, path, objects)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except CheckpointError:
@@ -221,7 +225,7 @@ def _named(value: Any, name: str, file: str) -> Any:
     return value
 
 
-def _load_zip(file: BinaryIO, path: Path) -> Any:
+def _load_zip(file: BinaryIO, path: Path, objects: bool) -> Any:
     """The object of a zip archive; storages are mapped at the offset of their entry."""
     archive = zipfile.ZipFile(file)
     entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
@@ -244,7 +248,7 @@ def _load_zip(file: BinaryIO, path: Path) -> Any:
             made.map = lambda: np.frombuffer(zipfile.ZipFile(path).read(entry), np.uint8)[:size]
         return made
 
-    return _Unpickler(io.BytesIO(archive.read(entries["data.pkl"])), path, storage).load()
+    return _Unpickler(io.BytesIO(archive.read(entries["data.pkl"])), path, storage, objects).load()
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
@@ -261,7 +265,7 @@ def _mapping(path: Path, offset: int, size: int) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(np.memmap(path, np.uint8, "r", offset, (size,))) if size else np.empty(0, np.uint8)
 
 
-def _load_legacy(file: BinaryIO, path: Path) -> Any:
+def _load_legacy(file: BinaryIO, path: Path, objects: bool) -> Any:
     """The object of a pre-1.6 file; storages follow the pickles in the order of the key list."""
     storages: dict[str, _Storage] = {}
 
@@ -269,7 +273,7 @@ def _load_legacy(file: BinaryIO, path: Path) -> Any:
         return storages.setdefault(key, _Storage(dtype, elements))
 
     def part() -> Any:
-        return _Unpickler(file, path, storage).load()
+        return _Unpickler(file, path, storage, objects).load()
 
     if part() != MAGIC or part() != PROTOCOL:
         raise pickle.UnpicklingError("no torch header")

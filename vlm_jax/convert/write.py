@@ -12,6 +12,7 @@ without `dtype` the very bytes, of the checkpoint that the model came from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -26,10 +27,11 @@ from vlm_jax.convert import names as naming
 from vlm_jax.convert import torch_pickle
 from vlm_jax.convert.files import staging, write_json
 from vlm_jax.convert.hf_config import vlm_to_hf
-from vlm_jax.convert.llava_config import vlm_to_llava
+from vlm_jax.convert.llava_config import describe_tower, known_tower, vlm_to_llava
 from vlm_jax.convert.manifest import write_manifest
 from vlm_jax.convert.merge import merged_parameters
 from vlm_jax.convert.names import Entry
+from vlm_jax.convert.parts import complete_parts, naming_of_parts, write_parts
 from vlm_jax.convert.processor_files import CHAT_TEMPLATE, START_END, preprocessor_config, processor_config
 from vlm_jax.convert.read import Checkpoint
 from vlm_jax.convert.shards import Planned, write_directory
@@ -46,7 +48,7 @@ from vlm_jax.convert.tensors import (
     grown,
     resolve,
 )
-from vlm_jax.convert.tokenizer_files import COPIED, TokenizerFiles, for_export
+from vlm_jax.convert.tokenizer_files import COPIED, MODELS, TokenizerFiles, for_export
 
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json")
 TEXT_ROWS = ("llm/embed/embedding", "llm/head/kernel")
@@ -73,17 +75,17 @@ def export(
 
     params: {path: numpy or jax array, or anything with shape, dtype and read(index)}; tower parameters that
     no computation needs may be missing and are then neutral. names: hf, hf_4.52, hf_5, hf_5_saved
-    (LlavaForConditionalGeneration), llava (the original program) or source; an encoder-decoder has one
-    naming, clip_t5 (CLIP-FlanT5's, whose T5 has the names of T5ForConditionalGeneration), or source. dtype: f32, f16, bf16 (default:
-    as the parameters are). max_shard: bytes. source: the checkpoint that the model came from; its tokenizer,
+    (LlavaForConditionalGeneration), llava (the original program), parts (convert.parts) or source; an encoder-decoder
+    has one naming, clip_t5 (CLIP-FlanT5's, whose T5 has the names of T5ForConditionalGeneration), parts, or source. dtype: f32,
+    f16, bf16 (default: as the parameters are). max_shard: bytes. source: the checkpoint that the model came from; its tokenizer,
     processor and generation files are copied. tokenizer: directory of the tokenizer; for hf names `<image>`
     and `<pad>` are added to it and the vocabulary grows to hold them. image_token: id of the image token when
     there is no tokenizer (default: a new row after the vocabulary). tokens: bos_token_id, eos_token_id,
     pad_token_id. tower: what an original config.json names as mm_vision_tower. progress(done, total): bytes
     written.
     """
-    if names not in ("source", *naming.NAMINGS, *naming.T5_NAMINGS):
-        raise CheckpointError(f"names={names!r} is unknown: use source, {', '.join(naming.NAMINGS)}")
+    if names not in ("source", "parts", *naming.NAMINGS, *naming.T5_NAMINGS):
+        raise CheckpointError(f"names={names!r} is unknown: use source, parts, {', '.join(naming.NAMINGS)}")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype={dtype!r} is unknown: use {', '.join(DTYPES)}")
     config, leaves = merged_parameters(config, params)
@@ -96,18 +98,33 @@ def export(
         extra = _tokenizer(names, tokenizer, source)
         stored = TORCH_NAMES[DTYPES[dtype] if dtype else _main_dtype(leaves)]
         if names in naming.ORIGINAL:
-            config_json = vlm_to_llava(config, tokens, stored, tower, _start_end(source))
+            config_json = _original_config(config, tokens, stored, tower, source)
         else:
             if image_token is None:
                 image_token = extra.image_token if extra else source.image_token if source else None
             config, image_token, tokens = _with_special_tokens(config, image_token, tokens, extra)
             config_json = vlm_to_hf(config, image_token, tokens, stored)
-    planned = plan(config, leaves, names, dtype, source)
+    planned = functools.partial(plan, config, leaves, names, dtype, source)
     with staging(directory) as stage:
-        write_directory(stage, planned, max_shard, progress)
+        if names in naming.PART_NAMINGS:
+            said = write_parts(stage, config, planned, tokens, stored, max_shard, progress)
+        else:
+            write_directory(stage, planned(), max_shard, progress)
+            said = {}
         _write_files(stage, config, names, source, tokenizer, extra, tokens, chat_template)
+        complete_parts(stage, said)
         write_json(stage / "config.json", config_json)
-        write_manifest(stage, "model")
+        write_manifest(stage, "model", **said)
+
+
+def _original_config(
+    config: VLMConfig, tokens: Mapping[str, Any], stored: str, tower: str | None, source: Checkpoint | None
+) -> dict[str, Any]:
+    """config.json of the original program; a tower that is none of the known ones is described, though it may have a name as well:
+    its weights are here, and elsewhere the name may mean nothing.
+    """
+    made = vlm_to_llava(config, tokens, stored, tower, _start_end(source))
+    return made if known_tower(config.vision) else {**made, "vision_config": describe_tower(config.vision)}
 
 
 def _naming_for(config: VLMConfig, names: str) -> str:
@@ -116,6 +133,8 @@ def _naming_for(config: VLMConfig, names: str) -> str:
         raise CheckpointError(
             "names=clip_t5 is the layout of models on T5, this model has a decoder: export with names=hf"
         )
+    if names == "parts":
+        return naming_of_parts(config)
     return "clip_t5" if config.encoder_decoder and names != "source" else names
 
 
@@ -236,7 +255,7 @@ def _tokenizer(names: str, tokenizer: str | os.PathLike | None, source: Checkpoi
     if names in naming.ORIGINAL:
         return None
     directory = Path(tokenizer) if tokenizer else source.directory if source and source.kind != "llava_hf" else None
-    if directory is None or not (tokenizer or any((directory / name).is_file() for name in COPIED[:2])):
+    if directory is None or not (tokenizer or any((directory / name).is_file() for name in MODELS)):
         return None
     return for_export(directory)
 
@@ -287,10 +306,14 @@ def _write_files(
     if names == "source":
         return
     if not (stage / "generation_config.json").is_file():
-        write_json(stage / "generation_config.json", {**(T5_TOKENS if names == "clip_t5" else {}), **(tokens or {})})
-    if names in naming.ORIGINAL or any((stage / name).is_file() for name in PROCESSOR[:2]):
+        write_json(
+            stage / "generation_config.json", {**(T5_TOKENS if config.encoder_decoder else {}), **(tokens or {})}
+        )
+    if names == "llava" or any((stage / name).is_file() for name in PROCESSOR[:2]):
         return
     write_json(stage / "preprocessor_config.json", preprocessor_config(config))
+    if names in naming.ORIGINAL:
+        return
     write_json(stage / "processor_config.json", processor_config(config.vision))
     if not chat_template:
         made = CHAT_TEMPLATE.replace("<image>", START_END) if _start_end(source) else CHAT_TEMPLATE

@@ -24,16 +24,20 @@ SUFFIXES = (".json", ".csv")
 
 
 def score(
-    model: str, *, image: Sequence[str] = (), text: Sequence[str] = (), question: str = QUESTION, answer: str = ANSWER,
+    model: str, *, images: Sequence[str] = (), texts: Sequence[str] = (), question: str = QUESTION, answer: str = ANSWER,
     mode: str = "original", template: str = "", dtype: str = "", batch: int = 16, out: str = "", quant: str = "",
-    adapter: Sequence[str] = (), use: Sequence[str] = (),
+    adapter: Sequence[str] = (), use: Sequence[str] = (), image: Sequence[str] = (), text: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Score every image against every text (see evaluate.vqascore); print the table and write it to `out`.
 
-    quant, adapter, use: see generate.load.load_model and generate.adapters.adapter_flags.
+    image, text: further images and texts. quant, adapter, use: see generate.load.load_model and generate.adapters.adapter_flags.
     """
+    image, text = [*images, *image], [*texts, *text]
     if not image or not text:
-        raise ConfigError("score needs at least one --image and one --text")
+        raise ConfigError('score needs images and texts: --images a.png b.png --texts "a dog" "a cat"')
+    empty = [number for number, one in enumerate(text, 1) if not one.strip()]
+    if empty:
+        raise ConfigError(f"text {empty[0]} of {len(text)} is empty: there is nothing that an image could show")
     if out and Path(out).suffix not in SUFFIXES:
         raise ConfigError(f"--out={out} must end in {' or '.join(SUFFIXES)}")
     asking = Asking(question, answer, mode)
@@ -43,7 +47,7 @@ def score(
         model, batch=batch, asking=asking, progress=len(image) * len(text) > batch, dtype=dtype, template=template,
         quant=quant, **adapter_flags(adapter, use),
     )  # fmt: skip
-    scores = vqascore(list(image), list(text))
+    scores = vqascore(image, text)
     print(table(image, text, scores))
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,7 @@ def score(
                 lines.writerows([path, *map(float, row)] for path, row in zip(image, scores))
         else:
             said = {"model": model, "question": question, "answer": answer, "mode": mode}
-            result = {**said, "images": list(image), "texts": list(text), "scores": scores.tolist()}
+            result = {**said, "images": image, "texts": text, "scores": scores.tolist()}
             Path(out).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -52,6 +52,11 @@ class Asking:
         for name in ("question", "answer", "against"):
             filled(getattr(self, name), "", f"--{name}")
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answers whose probabilities are needed."""
+        return (self.answer, self.against) if self.mode == "yes_no" else (self.answer,)
+
     def value(self, answer: np.ndarray, against: np.ndarray | None = None) -> float:
         """The score of one pair from the log-probabilities of its answers' tokens."""
         if self.mode == "original":
@@ -105,11 +110,7 @@ class VQAScore:
         asking = dataclasses.replace(self.asking, **wording)
         found = [([source_of(image) for image in images], texts) for images, texts in items]
         pairs = [(source, text) for sources, texts in found for source in sources for text in texts]
-        scores: list[float] = []
-        with tqdm(total=len(pairs), unit="pair", desc="score", file=sys.stderr, disable=not self.progress) as bar:
-            for start in range(0, len(pairs), IN_FLIGHT):
-                scores += self._pairs(pairs[start : start + IN_FLIGHT], asking)
-                bar.update(len(scores) - start)
+        scores = self._scores(pairs, asking)
         out, at = [], 0
         for images, texts in items:
             n = len(images) * len(texts)
@@ -117,17 +118,36 @@ class VQAScore:
             at += n
         return out
 
-    def _pairs(self, pairs: Sequence[tuple[ImageSource, str]], asking: Asking) -> list[float]:
-        sources = list(dict.fromkeys(source for source, _ in pairs))
-        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-            known = dict(zip(sources, readers.map(self.scorer.picture, sources)))
+    def _scores(self, pairs: Sequence[tuple[ImageSource, str]], asking: Asking) -> list[float]:
+        """The scores of all pairs; while some are computed the images of the next are read."""
+        chunks = [pairs[start : start + IN_FLIGHT] for start in range(0, len(pairs), IN_FLIGHT)]
+        hidden, scores = not self.progress, []
+        with (
+            concurrent.futures.ThreadPoolExecutor(READERS) as readers,
+            tqdm(total=len(pairs), unit="pair", desc="score", file=sys.stderr, disable=hidden) as bar,
+        ):
+
+            def read(chunk: Sequence[tuple[ImageSource, str]]) -> dict[ImageSource, concurrent.futures.Future]:
+                sources = dict.fromkeys(source for source, _ in chunk)
+                return {source: readers.submit(self.scorer.picture, source) for source in sources}
+
+            ahead = read(chunks[0]) if chunks else {}
+            for chunk, following in zip(chunks, [*chunks[1:], ()]):
+                known = {source: reading.result() for source, reading in ahead.items()}
+                ahead = read(following)
+                scores += self._pairs(chunk, known, asking)
+                bar.update(len(chunk))
+        return scores
+
+    def _pairs(
+        self, pairs: Sequence[tuple[ImageSource, str]], known: Mapping[ImageSource, Any], asking: Asking
+    ) -> list[float]:
         pictures, texts = [known[source] for source, _ in pairs], [text for _, text in pairs]
-        questions = [filled(asking.question, text) for text in texts]
-        answers = self.scorer.score_answers(pictures, questions, [filled(asking.answer, text) for text in texts])
-        if asking.mode != "yes_no":
-            return [asking.value(answer) for answer in answers]
-        against = self.scorer.score_answers(pictures, questions, [filled(asking.against, text) for text in texts])
-        return [asking.value(yes, no) for yes, no in zip(answers, against)]
+        questions, n = [filled(asking.question, text) for text in texts], len(pairs)
+        said = [filled(answer, text) for answer in asking.answers for text in texts]
+        times = len(asking.answers)  # one call, which reads every image once
+        found = self.scorer.score_answers(pictures * times, questions * times, said)
+        return [asking.value(*found[i::n]) for i in range(n)]
 
 
 def open_scorer(

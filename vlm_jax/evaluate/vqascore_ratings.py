@@ -5,6 +5,7 @@ seetrue       SeeTRUE.csv (image, text, label, dataset_source): DrawBench, EditB
 flickr8k_*    flickr8k.json, crowdflower_flickr8k.json {key: {image_path, human_judgement: [{caption, rating}]}}
 genai_image   genai_image.json {number: {prompt, models: {name: [ratings]}}}, genai_skills.json {skill: [numbers]}, MODEL/NUMBER.jpeg
 genai_video   genai_video.json alike, frames MODEL/video_NUMBER_frame_0000.jpg ...
+t2vscore      t2vscore_alignment_score.json alike, frames t2vscore_images/MODEL/video_NUMBER_frame_0000.jpg ...
 genai_ranking human_rating.json {number: {prompt, models: {name: {"1": [ratings] ... "9"}}}}, MODEL/00000_01.jpeg ...
 stanfordt23d  stanfordt23d.json {number: {prompt, models: {name: [ratings]}}}, views MODEL/NUMBER/0/rgb_0.jpg ...
 """
@@ -40,6 +41,7 @@ TIFA_MODELS = {
 }  # fmt: skip
 IMAGE_MODELS = ("DALLE_3", "SDXL_Turbo", "DeepFloyd_I_XL_v1", "Midjourney_6", "SDXL_2_1", "SDXL_Base")
 VIDEO_MODELS = ("Floor33", "Gen2", "Pika_v1", "Modelscope")
+T2V_MODELS = ("floor33", "gen2", "pika", "modelscope", "zeroscope")
 RANKED_MODELS, RANKED = ("DALLE_3", "SDXL_Base"), 9  # images of one prompt
 FRAMES = 36
 # the published numbers leave Shap-E out, as a space before its name keeps it from being found
@@ -128,13 +130,29 @@ def genai_video(data: Path) -> ScoreSet:
     """GenAI-Bench for videos: the score is the mean over the first 36 frames, which are files; the last stands for missing ones."""
     prompts, items, human = keyed_entries(data / "genai_video.json"), [], []
     for model, key, entry in _by_model(prompts, VIDEO_MODELS):
-        frames = sorted((data / model).glob(f"video_{key}_frame_*.jpg"))[:FRAMES]
-        if not frames:
-            raise BenchmarkError(f"{data / model} has no video_{key}_frame_0000.jpg: cut the videos into frames first")
-        frames += [frames[-1]] * (FRAMES - len(frames))
-        items.append(Item(tuple(ImageSource(str(f), entry.where) for f in frames), (entry.text("prompt"),)))
+        items.append(_video(data / model, key, entry))
         human.append(entry.object("models").mean(model))
     return ScoreSet(items, _agreement(human))
+
+
+def t2vscore(data: Path) -> ScoreSet:
+    """T2VScore's videos of five models (arXiv 2401.07781), rated for how well they fit their prompts; frames as `genai_video`."""
+    prompts, items, human = keyed_entries(data / "t2vscore_alignment_score.json"), [], []
+    images = folder_of(data, "t2vscore_images")
+    for model, key, entry in _by_model(prompts, T2V_MODELS):
+        if entry.object("models").get(model, list, "a list of numbers"):
+            items.append(_video(images / model, f"{_number(key, entry):04d}", entry))
+            human.append(entry.object("models").mean(model))
+    return ScoreSet(items, _agreement(human))
+
+
+def _video(folder: Path, number: str, entry: Entry) -> Item:
+    """The frames of a video against its prompt."""
+    frames = sorted(folder.glob(f"video_{number}_frame_*.jpg"))[:FRAMES]
+    if not frames:
+        raise BenchmarkError(f"{folder} has no video_{number}_frame_0000.jpg: cut the videos into frames first")
+    frames += [frames[-1]] * (FRAMES - len(frames))
+    return Item(tuple(ImageSource(str(frame), entry.where) for frame in frames), (entry.text("prompt"),))
 
 
 def genai_ranking(data: Path) -> ScoreSet:

@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[Path], ScoreSet]] = {
     "flickr8k_cf": functools.partial(ratings.flickr8k, file="crowdflower_flickr8k.json"),
     "genai_image": ratings.genai_image,
     "genai_video": ratings.genai_video,
+    "t2vscore": ratings.t2vscore,
     "genai_ranking": ratings.genai_ranking,
     "stanfordt23d": ratings.stanfordt23d,
 }

@@ -103,8 +103,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
-def batch_of(placed: Sequence[Placed], config: VLMConfig, rows: int, slots: int, views: int) -> dict[str, np.ndarray]:
-    """Rows [rows, slots] with the prompts at their right ends; further rows are padding. Without any view: no "images" key."""
+def batch_of(
+    placed: Sequence[Placed], config: VLMConfig, rows: int, slots: int, views: int, pixels: bool = True
+) -> dict[str, np.ndarray]:
+    """Rows [rows, slots] with the prompts at their right ends; further rows are padding. Without any view (or without `pixels`): no
+    "images" key."""
     if max(map(len, placed)) > slots or max(p.prompt.views for p in placed) > views or len(placed) > rows:
         raise PromptError(f"{len(placed)} prompts do not fit into {rows} rows of {slots} slots and {views} views")
     batch = {key: np.zeros((rows, slots), np.int32) for key in ("tokens", "image_slots", "segments", "positions")}
@@ -115,7 +118,7 @@ def batch_of(placed: Sequence[Placed], config: VLMConfig, rows: int, slots: int,
         batch["tokens"][r, at], batch["segments"][r, at] = one.tokens, 1
         batch["image_slots"][r, at] = np.where(one.image_slots == NEWLINE, newline, one.image_slots)
         batch["positions"][r, at] = np.arange(len(one))
-    if views:
+    if views and pixels:
         batch["images"] = _images(placed, rows, views, config.vision.image_size)
     return batch
 
