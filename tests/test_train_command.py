@@ -158,3 +158,26 @@ def test_a_fake_mesh_trains_to_the_same_loss(tmp_path):
         assert done.returncode == 0, done.stderr
         losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_a_cluster_learns_that_a_stopped_run_is_not_done(tmp_path):
+    words = [
+        "--config",
+        "configs/llava15.py:7b,stage1,smoke",
+        f"--config.output={tmp_path}",
+        "--config.train.steps=100000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlm_jax", "train", *words, "--stopped_code", "75"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stderr:
+            if "compiled in" in line:  # from here on a SIGTERM saves
+                break
+        process.terminate()
+        said = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 75 and "stopped by SIGTERM" in said, said
+    assert [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]

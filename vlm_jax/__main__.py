@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
 
-Define = Callable[[flags.FlagValues, list[str]], None]  # (values to define in, the arguments of the command)
+from vlm_jax.evaluate.image_flags import COMPARING
+from vlm_jax.flag_kinds import Define, many, number, several, switch, text
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -26,27 +27,6 @@ class Command(NamedTuple):
     help: str
     flags: tuple[Define, ...]
     run: str
-
-
-def text(name: str, default: str | None, help: str) -> Define:
-    """A string flag."""
-    return lambda f, _: flags.DEFINE_string(name, default, help, flag_values=f)
-
-
-def number(name: str, default: float | int | None, help: str) -> Define:
-    """An int or float flag, by the type of its default."""
-    define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
-    return lambda f, _: define(name, default, help, flag_values=f)
-
-
-def switch(name: str, help: str) -> Define:
-    """A flag that is given or not."""
-    return lambda f, _: flags.DEFINE_boolean(name, False, help, flag_values=f)
-
-
-def many(name: str, help: str) -> Define:
-    """A flag that may be repeated."""
-    return lambda f, _: flags.DEFINE_multi_string(name, [], help, flag_values=f)
 
 
 def config(f: flags.FlagValues, arguments: list[str]) -> None:
@@ -79,6 +59,17 @@ SCORING = (
     text("mode", "original", "original (answer and what closes it, per token), first_token, or yes_no (against No)"),
 )
 
+PICTURES = (
+    text("model", None, "a visual tokenizer: a directory that `convert` or training wrote, or an original checkpoint"),
+    many("images", "folder, image file, pattern, .txt list or shards; repeat for several"),
+    text(
+        "crop", "", "centre_box, centre, squash, pad, or for codes also mirrored and ten; default: the tokenizer's own"
+    ),
+    number("size", 0, "pixels per side; default: the tokenizer's resolution"),
+    number("batch", 32, "images computed at once"),
+    text("dtype", "float32", "float32, or bfloat16, which is faster and changes some codes"),
+)
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a model from a recipe; resumes by itself from the last checkpoint in its output directory",
@@ -87,8 +78,50 @@ COMMANDS: dict[str, Command] = {
             text("coordinator", "", "HOST:PORT of process 0, for clusters that jax.distributed does not recognise"),
             number("process_id", -1, "index of this process, with --coordinator"),
             number("process_count", -1, "number of processes, with --coordinator"),
+            number("stopped_code", 0, "exit code after SIGTERM; clusters start a job again that does not end with 0"),
         ),
         "vlm_jax.train.command:train",
+    ),
+    "imagine": Command(
+        "draw pictures from a prior over the codes of a visual tokenizer, for classes or captions",
+        (
+            text("prior", None, "a prior's directory, a training run of one, or a LlamaGen checkpoint (with --grid)"),
+            text("tokenizer", None, "the visual tokenizer whose codes it draws: a directory or an original checkpoint"),
+            text("out", None, "folder for the pictures, grid.png and samples.json"),
+            text("classes", "", "numbers of classes, e.g. 207,360"),
+            many("text", "caption, for a prior of captions; repeat for several"),
+            text("t5", "", "directory of the T5 that makes features of --text: FLAN-T5 XL for LlamaGen's"),
+            text(
+                "captions", "", "instead of --text: npz file with features of captions [N, S, C] and their mask [N, S]"
+            ),
+            number("count", 1, "pictures of every class or caption"),
+            number("scale", 4.0, "guidance away from no condition; 1 is off"),
+            number("interval", -1, "guide only the first INTERVAL + 2 codes; -1 guides all"),
+            number("temperature", 1.0, "0 takes the most probable code"),
+            number("top_k", 2000, "keep the k most probable codes; 0 keeps all"),
+            number("top_p", 1.0, "keep the smallest set of codes with this probability"),
+            number("seed", 0, "random seed"),
+            number("batch", 8, "pictures drawn together"),
+            DTYPE,
+            number("grid", 0, "codes per side, which a LlamaGen checkpoint does not tell: 16, 24, 32"),
+            number("heads", 0, "heads of a LlamaGen checkpoint of a size that is not published"),
+        ),
+        "vlm_jax.generate.imagine:imagine",
+    ),
+    "plan": Command(
+        "compile a recipe for chips that are not there: bytes per chip, collectives, FLOPs, the least time of a step",
+        (
+            config,
+            text("topology", None, "v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, h200:1, ..."),
+            text("mesh", "", "e.g. fsdp=64,tensor=4; default: config.mesh"),
+            text("step", "train", "train, prefill or decode"),
+            switch("search", "try mesh, train.accum and train.remat, and print the fastest that fits"),
+            number("rows", 8, "with prefill or decode: prompts at once"),
+            number("slots", 1024, "with prefill or decode: slots of a prompt"),
+            number("new", 256, "with prefill or decode: room for new tokens"),
+            text("out", "", "JSON file for the numbers"),
+        ),
+        "vlm_jax.planning.command:plan",
     ),
     "generate": Command(
         "answer prompts about images, from the command line or a LLaVA question file",
@@ -128,26 +161,53 @@ COMMANDS: dict[str, Command] = {
             text(
                 "names",
                 "",
-                "tensor names to write: hf, llava (original), source (as read) or, for adapters, sq_llava; default: hf, "
-                "and for the adapter of a run the format of its base",
+                "tensor names to write: hf, llava (original), source (as read), parts (tower, language model and projector apart) "
+                "or, for adapters, sq_llava; default: hf, and for the adapter of a run the format of its base",
             ),
             text("max_shard", "5GB", "largest weight file"),
             text("tokenizer", "", "folder whose tokenizer is written instead of the one read"),
             text("tower", "", "what an original LLaVA config.json shall name as mm_vision_tower"),
+            text("config_name", "", "of a visual tokenizer: vq16, rq, hq ...; default: told by its tensors"),
         ),
         "vlm_jax.train.export:convert",
     ),
-    "evaluate": Command(
-        "score a model on a benchmark",
+    "tokenize": Command(
+        "turn images into the codes of a visual tokenizer; started again after a kill it goes on",
         (
-            MODEL,
+            *PICTURES,
+            text(
+                "out",
+                None,
+                "ArrayRecord file for the codes, e.g. codes.arrayrecord; many images become numbered shards",
+            ),
+            number("margin", 1.1, "with --crop ten: the square that the views are cut out of, in sizes"),
+            number("shard_images", 4096, "images of a shard"),
+            number("threads", 8, "image readers"),
+        ),
+        "vlm_jax.generate.tokenize:tokenize",
+    ),
+    "reconstruct": Command(
+        "draw images beside what a visual tokenizer's codes keep of them, with PSNR and SSIM",
+        (
+            *PICTURES,
+            text("out", None, "folder for the pictures, index.html and metrics.json"),
+            text("codes", "", "codes that `tokenize` wrote, instead of images or with the images that they are of"),
+            number("limit", 64, "first images only; 0 is all"),
+            switch("coarse", "also draw what the coarser levels, or the first depths, give alone"),
+        ),
+        "vlm_jax.evaluate.reconstruct:reconstruct",
+    ),
+    "evaluate": Command(
+        "score a model on a benchmark, images by FID, or a visual tokenizer by its reconstructions",
+        (
+            text("model", "", "a LLaVA directory, a training run, or with reconstruction a visual tokenizer"),
             DTYPE,
             *ADAPTERS,
-            text("task", None, "benchmark, e.g. smartwatch or winoground; a wrong name lists them"),
-            text("data", None, "file or folder of the benchmark"),
+            text("task", None, "smartwatch, winoground, ..., fid or reconstruction; a wrong name lists them"),
+            text("data", "", "file or folder of the benchmark; with reconstruction: smart-watches to be read back"),
             text("out", "", "JSON file for scores and answers"),
-            number("batch", 16, "questions answered at once"),
-            number("limit", 0, "first records only; 0 is all"),
+            number("batch", 16, "questions answered, or images computed, at once"),
+            number("limit", 0, "first records or images only; 0 is all"),
             text(
                 "history",
                 "true",
@@ -155,6 +215,7 @@ COMMANDS: dict[str, Command] = {
             ),
             text("template", "", "conversation template; default: the one of the model"),
             *SCORING,
+            *COMPARING,
         ),
         "vlm_jax.evaluate.command:evaluate",
     ),
@@ -164,8 +225,10 @@ COMMANDS: dict[str, Command] = {
             MODEL,
             DTYPE,
             *ADAPTERS,
-            many("image", "image file; repeat for several"),
-            many("text", "text; repeat for several"),
+            many("images", "image files"),
+            many("texts", "texts"),
+            many("image", "the same as --images"),
+            many("text", "the same as --texts"),
             *SCORING,
             text("template", "", "conversation template; default: the one of the model"),
             number("batch", 16, "pairs scored at once"),
@@ -272,7 +335,7 @@ def parse(name: str, arguments: list[str]) -> dict[str, Any]:
         print(command_help(name, f))
         raise SystemExit(0)
     try:
-        rest = f(["vlm_jax", *arguments])[1:]
+        rest = f(["vlm_jax", *several(arguments, f)])[1:]
     except AttributeError as error:  # how ml_collections refuses an unknown key
         raise ValueError(unknown_key(str(error), arguments)) from None
     except (flags.Error, TypeError) as error:

@@ -20,6 +20,8 @@ from ml_collections import config_dict as placeholders
 from vlm_jax.config import ConfigError, VLMConfig, from_dict, to_dict
 from vlm_jax.data.options import DataConfig
 from vlm_jax.parallel.mesh_config import MeshConfig
+from vlm_jax.prior_recipe import PriorRecipe
+from vlm_jax.tokenizer_recipe import TokenizerRecipe
 from vlm_jax.train.options import TrainConfig
 
 
@@ -54,14 +56,29 @@ class Recipe:
     merge: bool = False
 
 
-def config_dict(recipe: Recipe) -> ConfigDict:
+AnyRecipe = Recipe | TokenizerRecipe | PriorRecipe
+
+
+def config_dict(recipe: AnyRecipe) -> ConfigDict:
     """Recipe -> locked ConfigDict; a field that may be None becomes a placeholder that knows its type."""
     return _config_dict(recipe).lock()
 
 
-def from_config(config: Any) -> Recipe:
-    """ConfigDict or parsed JSON -> Recipe; ConfigError names an unknown or ill-typed key."""
-    return from_dict(Recipe, config.to_dict() if isinstance(config, ConfigDict) else config)
+def from_config(config: Any) -> AnyRecipe:
+    """ConfigDict or parsed JSON -> the recipe it is of; ConfigError names an unknown or ill-typed key."""
+    other = PriorRecipe if "prior" in config else TokenizerRecipe if "tokenizer" in config else Recipe
+    kind = Recipe if "model" in config else other
+    return from_dict(kind, config.to_dict() if isinstance(config, ConfigDict) else config)
+
+
+def of_vlm(config: Any) -> Recipe:
+    """`from_config` for commands that know nothing but vision-language models; ConfigError for other recipes."""
+    recipe = from_config(config)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            "this config trains no vision-language model, and this command is for those: name one that does"
+        )
+    return recipe
 
 
 def save(recipe: Recipe, path: Path) -> None:
@@ -70,7 +87,7 @@ def save(recipe: Recipe, path: Path) -> None:
     path.write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path) -> AnyRecipe:
     """Read what `save` wrote."""
     try:
         return from_config(json.loads(path.read_text()))

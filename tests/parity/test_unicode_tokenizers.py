@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.golden_tokenizers import autoencoder_config, first, last, load, tokenizer, weights
+from tests.golden_tokenizers import autoencoder_config, first, hq_quantizer, last, load, tokenizer, weights
 from tests.goldens import beside, golden
 from vlm_jax.nn.params import merge
 from vlm_jax.visual_tokenizers import language, names
@@ -141,27 +141,10 @@ def test_rq_tables_follow_the_batches(path):
                 np.testing.assert_allclose(have, want, **TABLES, err_msg=f"{step} {d} {ours}")
 
 
-def _hq(info):
-    aux, upsample = info["hparams_aux"], info["hparams_aux"]["upsample"]
-    kind, codes = (
-        ("levels", tuple(info["n_embed_levels"])) if "n_embed_levels" in info else ("two_level", (info["n_embed"],))
-    )
-    digits = upsample.lstrip("abcdefghijklmnopqrstuvwxyz")
-    return QuantizerConfig(
-        kind=kind,
-        codes=codes,
-        width=info["embed_dim"],
-        upsample=upsample.removesuffix(digits),
-        factor=int(digits or 2),
-        shared=bool(aux["shared_codebook"]),
-        tile=20,
-    )
-
-
 @golden("unicode", "hq_sim_*.npz")
 def test_hq_vae_of_two_levels(path):
     arrays, info, tensors, autoencoder = _case(path, "tiny_encdec_weights.npz")
-    config = TokenizerConfig(autoencoder, _hq(info), "taming")
+    config = TokenizerConfig(autoencoder, hq_quantizer(info), "taming")
     graph, params, books = tokenizer(config, tensors)
     x = last(arrays["x"])
     out = jax.jit(lambda x: merge(graph, params)(x, books))(x)
@@ -199,7 +182,7 @@ def test_hq_vae_of_two_levels(path):
 @golden("unicode", "hq_level*.npz")
 def test_hq_vae_of_several_levels(path):
     arrays, info, tensors, autoencoder = _case(path, "tiny_encdec_weights.npz")
-    config = TokenizerConfig(autoencoder, _hq(info), "taming")
+    config = TokenizerConfig(autoencoder, hq_quantizer(info), "taming")
     graph, params, books = tokenizer(config, tensors)
     out = jax.jit(lambda x: merge(graph, params)(x, books))(last(arrays["x"]))
     for level, code in enumerate(out.coded.codes):

@@ -42,7 +42,7 @@ class ArrayImage(ImageSource):
 
     def read(self) -> bytes:
         """The encoded bytes; raises OSError."""
-        return self.data if self.data is not None else _read(self.path, self.piece[0])
+        return self.data if self.data is not None else read_record(self.path, self.piece[0])
 
 
 class ArrayShard(Sequence[Record]):
@@ -50,10 +50,10 @@ class ArrayShard(Sequence[Record]):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        _READERS.pop(str(path), None)  # the file may be another one by now
+        forget(str(path))
         try:
-            size = len(_reader(str(path)))
-            about = json.loads(_read(str(path), size - 1)) if size else None
+            size = len(reader_of(str(path)))
+            about = json.loads(read_record(str(path), size - 1)) if size else None
         except OSError as error:
             raise RecordError(f"{error}: make it again with `data build`, or fetch it again", "file") from error
         except ValueError:
@@ -71,7 +71,7 @@ class ArrayShard(Sequence[Record]):
             raise IndexError(f"{self.path} has {len(self)} records, there is no number {index}")
         index %= len(self)
         try:
-            raw = json.loads(_read(str(self.path), self._images + index))
+            raw = json.loads(read_record(str(self.path), self._images + index))
         except OSError as error:
             raise RecordError(f"{self.path}: record {index} cannot be read: {error}", "file") from error
         places = raw.pop("images")
@@ -80,6 +80,10 @@ class ArrayShard(Sequence[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
+
+    def images(self) -> Iterator[ArrayImage]:
+        """Every image of the shard, once; nothing is read."""
+        return (ArrayImage(str(self.path), "", None, (number, 0), f"image {number}") for number in range(self._images))
 
 
 class Skipped(NamedTuple):
@@ -247,7 +251,7 @@ def _key(image: Image) -> Any:
     return (source.path, source.piece) if source.data is None else hashlib.sha256(source.data).digest()
 
 
-def _reader(path: str) -> Any:
+def reader_of(path: str) -> Any:
     """The reader of a file in this process; threads may share it. OSError if it is no whole ArrayRecord file."""
     if path not in _READERS:
         from array_record.python.array_record_data_source import (
@@ -261,8 +265,14 @@ def _reader(path: str) -> Any:
     return _READERS[path]
 
 
-def _read(path: str, number: int) -> bytes:
+def forget(path: str) -> None:
+    """Open a file anew at the next read: it may be another one by now."""
+    _READERS.pop(path, None)
+
+
+def read_record(path: str, number: int) -> bytes:
+    """One record of an ArrayRecord file; OSError if the file is damaged."""
     try:
-        return _reader(path)[number]
+        return reader_of(path)[number]
     except (RuntimeError, ValueError, IndexError) as error:
         raise OSError(f"{path} is damaged ({str(error).split(';')[0]})") from error

@@ -75,6 +75,12 @@ class TarShard(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
+    def images(self) -> Iterator[ImageSource]:
+        """Every image of the shard, in its order, whether or not a text goes with it."""
+        for _, offset, size, name in self._members.rows.tolist():
+            if _ending(name.decode()) in IMAGES:
+                yield ImageSource(str(self.path), "", None, (offset, size), name.decode())
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.config import ConfigError, one_of
-from vlm_jax.evaluate import smartwatch, vqascore_sets
+from vlm_jax.evaluate import image_command, smartwatch, vqascore_sets
 from vlm_jax.evaluate.query import Model
 from vlm_jax.evaluate.vqascore import ANSWER, QUESTION, Asking, VQAScore
 from vlm_jax.generate.adapters import adapter_flags
 from vlm_jax.generate.load import load_model, usual_mesh
+from vlm_jax.parallel import hosts
 
 
 class Benchmark(NamedTuple):
@@ -30,9 +31,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def evaluate(
-    model: str,
     task: str,
-    data: str,
+    model: str = "",
+    data: str = "",
     *,
     dtype: str = "",
     out: str = "",
@@ -46,15 +47,22 @@ def evaluate(
     question: str = QUESTION,
     answer: str = ANSWER,
     mode: str = "original",
+    **pictures: Any,
 ) -> None:
     """Run the benchmark `task` on `model`, print the table and write the result with all answers or scores to `out`.
 
     Answers and scores do not depend on `batch` where dtype is float32. quant, adapter, use: see generate.load.load_model and
     generate.adapters.adapter_flags. Benchmarks of answers, which are greedy: `limit` takes the first records only, 0 is all, and
     `history` is what stands before the later questions of a dialogue. Benchmarks of scores: question, answer and mode as in
-    evaluate.vqascore.Asking.
+    evaluate.vqascore.Asking. Tasks that compare images: pictures and some others, as in evaluate.image_command.ImageFlags.
     """
-    one_of("--task", task, (*BENCHMARKS, *vqascore_sets.BENCHMARKS))
+    one_of("--task", task, (*BENCHMARKS, *vqascore_sets.BENCHMARKS, *image_command.TASKS))
+    if task in image_command.TASKS:
+        shared = {"model": model, "data": data, "dtype": dtype, "batch": batch, "limit": limit}
+        result = image_command.run(task, image_command.ImageFlags(**pictures, **shared))
+        return _show(result, image_command.table(result), out)
+    if not model or not data:
+        raise ConfigError(f"--task {task} needs --model, a model directory, and --data, the benchmark's file or folder")
     loading = {"quant": quant, **adapter_flags(adapter, use)}
     if task in BENCHMARKS:
         benchmark, mesh = BENCHMARKS[task], usual_mesh()
@@ -81,7 +89,13 @@ def evaluate(
         asked = {"question": question, "answer": answer, "mode": mode}
         result, table = {**asked, **vqascore_sets.run(opened, scoring)}, vqascore_sets.table
     result = {"task": task, "model": model, "data": data, "seconds": round(time.monotonic() - start, 1), **result}
-    print(table(result))
+    _show(result, table(result), out)
+
+
+def _show(result: dict[str, Any], text: str, out: str) -> None:
+    if not hosts.is_first():
+        return
+    print(text)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -64,3 +64,15 @@ def dropout(x: jax.Array, rate: float, place: int) -> jax.Array:
     words = jax.random.bits(jax.random.fold_in(key, place), (*rows, -(-width // 2)), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*rows, -1)[..., :width]
     return jnp.where(bits >= round(rate * 2**16), x / (1 - rate), 0).astype(x.dtype)
+
+
+def drop_rows(x: jax.Array, rate: jax.Array | float, place: int) -> jax.Array:
+    """x [B, ...] with each row zeroed with probability `rate` and the others divided by 1 - rate; x itself without a key.
+
+    The rate may be traced, so that it can rise from layer to layer (stochastic depth, Huang et al. 2016).
+    """
+    key = _key.get()
+    if key is None:
+        return x
+    kept = jax.random.uniform(jax.random.fold_in(key, place), (len(x),)) >= rate
+    return jnp.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x / (1 - rate), 0).astype(x.dtype)

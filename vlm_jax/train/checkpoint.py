@@ -3,6 +3,7 @@
     checkpoints/base/            frozen parameters, written once per run
     checkpoints/<step>/params    trainable parameters
     checkpoints/<step>/optimizer moments
+    checkpoints/<step>/moving    codebooks, averages and statistics of a visual tokenizer
     checkpoints/<step>/meta      JSON: step, rng, data state, config, {path: [shape, dtype]} of all parameters
 
 A step directory appears only when it is complete, and an old one goes only after that, so a process killed
@@ -28,6 +29,7 @@ from vlm_jax.nn.params import Params
 from vlm_jax.train.state import TrainState
 
 Leaves = dict[str, list]
+ITEMS = ("params", "optimizer", "moving", "meta")
 
 
 class CheckpointError(UserError):
@@ -56,7 +58,7 @@ class Checkpointer:
         self._keep = keep
         # old steps are removed here and not by Orbax, which can remove them although the new one failed
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=True)
-        self._steps = ocp.CheckpointManager(self.folder, options=options, item_names=("params", "optimizer", "meta"))
+        self._steps = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
@@ -67,6 +69,7 @@ class Checkpointer:
         rng = np.asarray(jax.device_get(state.rng)).tolist()
         meta = {"step": step, "rng": rng, "data": data, "config": config}
         meta |= {"trainable": leaves_of(state.trainable), "frozen": leaves_of(state.frozen)}
+        meta |= {"moving": leaves_of(state.moving)} if state.moving else {}
         self.wait()
         with self._reporting(step):
             self._save_base(state.frozen)
@@ -74,6 +77,7 @@ class Checkpointer:
                 params=ocp.args.StandardSave(state.trainable),
                 optimizer=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave(meta),
+                **({"moving": ocp.args.StandardSave(state.moving)} if state.moving else {}),
             )
             self._steps.save(step, args=items)
 
@@ -99,11 +103,12 @@ class Checkpointer:
         """(state, meta) laid out like `goal` (state.abstract), on whatever mesh that names."""
         step, meta = self._existing(step), self.meta(step)
         goal = jax.tree.map(_with_sharding, goal)
-        for part, leaves in (("trainable", goal.trainable), ("frozen", goal.frozen)):
-            self._same_leaves(meta[part], leaves_of(leaves), part)
+        for part in ("trainable", "frozen", "moving"):
+            self._same_leaves(meta.get(part, {}), leaves_of(getattr(goal, part)), part)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(goal.trainable),
             optimizer=ocp.args.StandardRestore(goal.opt_state),
+            **({"moving": ocp.args.StandardRestore(goal.moving)} if goal.moving else {}),
         )
         read = self._steps.restore(step, args=items)
         frozen = self._read_base(goal.frozen)
@@ -112,7 +117,8 @@ class Checkpointer:
             return jax.make_array_from_callback(like.shape, like.sharding, np.asarray(value, like.dtype).__getitem__)
 
         step, rng = place(step, goal.step), place(meta["rng"], goal.rng)
-        return TrainState(step, read["params"], frozen, read["optimizer"], rng), meta
+        moving = read["moving"] if goal.moving else {}
+        return TrainState(step, read["params"], frozen, read["optimizer"], rng, moving), meta
 
     def params(
         self, shardings: Mapping[str, Any] | None = None, step: int | None = None

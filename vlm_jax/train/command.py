@@ -20,22 +20,29 @@ from vlm_jax.data.t5_text import T5_TEMPLATES
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import make_mesh
+from vlm_jax.prior_recipe import PriorRecipe
 from vlm_jax.recipe import Recipe
 from vlm_jax.train import loop
 from vlm_jax.train.checkpoint import saved_data_state
 from vlm_jax.train.export import export_result
 from vlm_jax.train.features import FeatureCache
+from vlm_jax.train.prior_command import run_prior_recipe
+from vlm_jax.train.tokenizer_command import run_tokenizer_recipe
 from vlm_jax.train.weights import open_tokenizer, open_weights
 
 SHOWN = 5  # records per source that are named before training
 
 
-def train(config: Any, coordinator: str = "", process_id: int = -1, process_count: int = -1) -> int:
-    """Run the recipe in ConfigDict `config`; returns the exit code."""
+def train(
+    config: Any, coordinator: str = "", process_id: int = -1, process_count: int = -1, stopped_code: int = 0
+) -> int:
+    """Run the recipe in ConfigDict `config`; returns the exit code: `stopped_code` where SIGTERM ended it before its last step."""
     several = (coordinator, process_count, process_id) if coordinator else (None, None, None)
     hosts.initialise(*several)
-    run_recipe(recipes.from_config(config))
-    return 0
+    recipe = recipes.from_config(config)
+    other = run_prior_recipe if isinstance(recipe, PriorRecipe) else run_tokenizer_recipe
+    result = (run_recipe if isinstance(recipe, Recipe) else other)(recipe)
+    return stopped_code if result.status == "stopped" else 0
 
 
 def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:

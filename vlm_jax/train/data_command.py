@@ -54,7 +54,7 @@ class RecipeData:
 
 def open_data(config: Any, **changes: Any) -> RecipeData:
     """The data of the recipe in ConfigDict `config`; smart-watches are drawn first if it asks for them. changes: of every source."""
-    recipe = recipes.from_config(config)
+    recipe = recipes.of_vlm(config)
     if recipe.data.generated_watches:
         from vlm_jax.train.command import with_generated_data  # here, because it loads all of training
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax.parallel import hosts, rules
-from vlm_jax.train.step import batch_shardings, split_micro_batches
+from vlm_jax.train.step import BATCH_AXES, Axes, batch_shardings, split_micro_batches
 
 # (first step wanted, data state of the checkpoint or None) -> iterator of (step, row batch of this process);
 # it may also have
@@ -32,20 +32,31 @@ class Fed(NamedTuple):
 class Feed:
     """Iterator of Fed with `ahead` batches in flight; `waited` adds up the seconds that next() had to wait.
 
-    shapes, dtypes: {key: global shape [A, B, ...]}, {key: dtype} of every batch.
+    axes: logical axes of the arrays that are read (default: of row batches). shapes, dtypes: {key: global shape [A, B, ...]},
+    {key: dtype} of every batch.
     """
 
-    def __init__(self, open_batches: OpenBatches, start: int, state: dict[str, Any] | None, accum: int, ahead: int = 2):
-        self.waited, self._accum = 0.0, accum
+    def __init__(
+        self,
+        open_batches: OpenBatches,
+        start: int,
+        state: dict[str, Any] | None,
+        accum: int,
+        axes: Axes = BATCH_AXES,
+        ahead: int = 2,
+    ):
+        self.waited, self._accum, self._axes = 0.0, accum, axes
         self._batches = open_batches(start, state)
         self._queue: queue.Queue = queue.Queue(ahead)
         self._stop = threading.Event()
         step, rows = next(self._batches)
-        local = split_micro_batches(rows, accum)
+        local = split_micro_batches(rows, accum, axes)
         shards = hosts.data_shard(*rules.current())[1] if rules.current() else 1
         self.shapes = {key: (x.shape[0], x.shape[1] * shards, *x.shape[2:]) for key, x in local.items()}
         self.dtypes = {key: x.dtype for key, x in local.items()}
-        self._shardings = batch_shardings(self.shapes)  # here, because the other thread is outside the mesh in use
+        self._shardings = batch_shardings(
+            self.shapes, axes
+        )  # here, because the other thread is outside the mesh in use
         self._queue.put(self._place(step, local))
         self._thread = threading.Thread(target=self._run, daemon=True, name="feed")
         self._thread.start()
@@ -88,7 +99,7 @@ class Feed:
         while not self._stop.is_set():
             try:
                 step, rows = next(self._batches)
-                item = self._place(step, split_micro_batches(rows, self._accum))
+                item = self._place(step, split_micro_batches(rows, self._accum, self._axes))
             except BaseException as error:  # handed to the consumer, StopIteration too
                 item = error
             self._put(item)

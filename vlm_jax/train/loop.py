@@ -4,7 +4,7 @@
     run/checkpoints/    see train.checkpoint       run/profile/         a trace, when asked for
 
 At most two updates are in flight and metrics are fetched once per `log_every` updates: the device never
-waits for the host.
+waits for the host. What is trained is a `task.Task`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vlm_jax.config import UserError, VLMConfig, to_dict
-from vlm_jax.models import vlm
+from vlm_jax.config import UserError, VLMConfig
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.parallel.mesh import make_mesh
-from vlm_jax.train import metrics, optimizer
-from vlm_jax.train import state as states
+from vlm_jax.train import metrics
 from vlm_jax.train.checkpoint import Checkpointer
 from vlm_jax.train.feed import Feed, OpenBatches
-from vlm_jax.train.flops import training_cost
 from vlm_jax.train.options import TrainConfig
 from vlm_jax.train.state import LeafSource, TrainState
-from vlm_jax.train.step import make_step
+from vlm_jax.train.task import Given, Task, VLMTask
 
 
 class TrainingError(UserError):
@@ -87,27 +84,37 @@ def train(
     batches: OpenBatches,
     run: str | Path,
     *,
+    source: LeafSource | None = None,
+    **how: Any,
+) -> Result:
+    """`run_task` of a vision-language model; source: initial weights (default: random)."""
+    return run_task(VLMTask(config, model, source), batches, run, **how)
+
+
+def run_task(
+    task: Task,
+    batches: OpenBatches,
+    run: str | Path,
+    *,
     available_steps: int | None = None,
     mesh: Mesh | None = None,
     table: rules.Rules = rules.DEFAULT_RULES,
-    source: LeafSource | None = None,
     saved_config: Mapping[str, Any] | None = None,
     progress: bool = True,
     prepare: Callable[[TrainState], None] | None = None,
 ) -> Result:
     """Train until the last update, or go on from the newest checkpoint in the folder `run`.
 
-    batches: see feed.OpenBatches; available_steps: updates that the data gives. source: initial weights
-    (default: random). saved_config: what is stored beside the checkpoints (default: model and train).
-    prepare: called with the state before the first batch is read.
+    batches: see feed.OpenBatches; available_steps: updates that the data gives. saved_config: what is stored beside
+    the checkpoints (default: the task's). prepare: called with the state before the first batch is read.
     """
-    began, run, total = time.perf_counter(), Path(run), config.total_steps(available_steps)
-    saved_config = saved_config or {"model": to_dict(model), "train": to_dict(config)}
+    began, run, total = time.perf_counter(), Path(run), task.config.total_steps(available_steps)
+    saved_config = saved_config or task.saved_config()
     with contextlib.ExitStack() as stack:
         stack.enter_context(rules.use(mesh or make_mesh(), table))
-        checkpoints = Checkpointer(run / "checkpoints", config.keep)
+        checkpoints = Checkpointer(run / "checkpoints", task.config.keep)
         stack.callback(checkpoints.close)
-        state, data, start = _start(config, model, checkpoints, source, saved_config)
+        state, data, start = _start(task, checkpoints, saved_config)
         if start >= total:
             hosts.say(
                 f"the run in {run} is finished: all {total} steps are done; "
@@ -119,7 +126,7 @@ def train(
         stop = stack.enter_context(StopSignal())  # until here a SIGTERM ends the process: there is nothing to save
         if hosts.is_first():
             (run / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
-        loop = Loop(config, model, run, total, checkpoints, saved_config, progress)
+        loop = Loop(task, run, total, checkpoints, saved_config, progress)
         loop.open(state, batches, start, data)
         stack.callback(loop.close)
         status = loop.run_until(stop)
@@ -140,16 +147,12 @@ def train(
 
 
 def _start(
-    config: TrainConfig,
-    model: VLMConfig,
-    checkpoints: Checkpointer,
-    source: LeafSource | None,
-    saved_config: Mapping[str, Any],
+    task: Task, checkpoints: Checkpointer, saved_config: Mapping[str, Any]
 ) -> tuple[TrainState, dict[str, Any] | None, int]:
     """(state, data state, updates done): the newest checkpoint if there is one, else a fresh state."""
     if checkpoints.latest() is None:
-        return states.create(model, config, source), None, 0
-    state, meta = checkpoints.restore(states.abstract(model, config))
+        return task.create(), None, 0
+    state, meta = checkpoints.restore(task.abstract())
     hosts.say(f"the checkpoint of step {meta['step']} is read from {checkpoints.folder}")
     before, now = meta["config"].get("train", {}), json.loads(json.dumps(saved_config.get("train", {})))
     for key in sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
@@ -162,40 +165,33 @@ class Loop:
 
     def __init__(
         self,
-        config: TrainConfig,
-        model: VLMConfig,
+        task: Task,
         run: Path,
         total: int,
         checkpoints: Checkpointer,
         saved_config: Mapping,
         progress: bool,
     ):
-        self.config, self.model, self.run, self.total = config, model, run, total
+        self.task, self.config, self.run, self.total = task, task.config, run, total
         self._checkpoints, self._saved_config, self._shown = checkpoints, saved_config, progress
-        self._pending: list[
-            tuple[int, float, dict[str, jax.Array]]
-        ] = []  # (step, learning rate, metrics on the device)
+        self._pending: list[tuple[int, Given, dict[str, jax.Array]]] = []  # (step, scheduled, results on the device)
         self._tracing = False
 
     def open(self, state: TrainState, batches: OpenBatches, start: int, data: dict[str, Any] | None) -> None:
         """Read the first batch, compile for its shapes, open the logs."""
         c = self.config
         self.state, self.step = state, start
-        self._feed = Feed(batches, start, data, c.accum)
+        self._feed = Feed(batches, start, data, c.accum, self.task.axes)
         began = time.perf_counter()
         batch = {key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key]) for key, shape in self._feed.shapes.items()}
-        step = make_step(self.model, c, self._feed.shapes)
-        self._update = step.lower(state, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        given = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), self.task.given(start, self.total))
+        self._update = self.task.step(self._feed.shapes).lower(state, batch, given).compile()
         self.compile_seconds = time.perf_counter() - began
-        device = jax.devices()[0].device_kind
-        cost = training_cost(self.model, state.trainable, "features" in self._feed.shapes)
-        self.speed = metrics.Speed(cost, jax.device_count(), device)
+        self.speed = self.task.rates(state, self._feed.shapes)
         self._writer = metrics.MetricWriter(self.run, start, c.tensorboard, c.wandb, self._saved_config)
-        trained = sum(x.size for x in state.trainable.values())
-        frozen = vlm.count(dataclasses.replace(self.model, quant=None)) - trained  # weights, however they are stored
         hosts.say(
-            f"{jax.device_count()} x {device}: {trained:,} parameters trained, {frozen:,} frozen, "
-            f"{self.total} steps of {c.global_batch} rows, compiled in {self.compile_seconds:.1f} s"
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}: {self.task.size(state)}, "
+            f"{self.total} steps of {c.global_batch} {self.task.unit}, compiled in {self.compile_seconds:.1f} s"
         )
         self._bar = metrics.Progress(self.total, start, self._shown)
         self._restart_clock()
@@ -233,10 +229,10 @@ class Loop:
         if self.step + 1 == first:
             jax.profiler.start_trace(str(self.run / "profile"))
             self._tracing = True
-        factor = optimizer.rate_factor(self.config, self.step, self.total)
-        self.state, results = self._update(self.state, fed.arrays, np.float32(factor))
+        given = self.task.given(self.step, self.total)
+        self.state, results = self._update(self.state, fed.arrays, jax.tree.map(np.float32, given))
         self.step += 1
-        self._pending.append((self.step, self.config.lr * factor, results))
+        self._pending.append((self.step, given, results))
         if len(self._pending) > 1:
             jax.block_until_ready(self._pending[-2][2]["loss"])
         if self._tracing and self.step >= last:
@@ -249,28 +245,24 @@ class Loop:
         """Fetch and write the metrics since the last report; raise at the first that is not finite."""
         if not self._pending:
             return
-        fetched = [(step, rate, jax.device_get(results)) for step, rate, results in self._pending]
+        fetched = [(step, given, jax.device_get(results)) for step, given, results in self._pending]
         seconds, waited = time.perf_counter() - self._clock, self._feed.waited - self._waited
-        slots = int(np.prod(self._feed.shapes["tokens"]))
-        lines = [metrics.line_of(step, rate, results, slots) for step, rate, results in fetched]
+        lines = [self.task.line(*one, self._feed.shapes) for one in fetched]
         lines[-1] |= self.speed.window([results for _, _, results in fetched], seconds, waited) | self._feed.counts()
         for line in lines:
-            if not metrics.is_finite(line):
+            if words := metrics.not_finite(line):
                 self._writer.flush()
-                raise TrainingError(self._not_finite(line))
+                raise TrainingError(self._not_finite(line["step"], words))
             self._writer.write(line)
         self._writer.flush()
-        self._bar.update(len(lines), lines[-1])
+        self._bar.update(len(lines), self.speed.words(lines[-1]))
         self._restart_clock()
 
-    def _not_finite(self, line: Mapping[str, Any]) -> str:
-        samples, saved = self._feed.samples_of(line["step"] - 1), self._checkpoints.latest()
+    def _not_finite(self, step: int, words: str) -> str:
+        samples, saved = self._feed.samples_of(step - 1), self._checkpoints.latest()
         made_of = f", whose batch holds samples {samples}," if samples is not None else ""
         kept = f"the checkpoint of step {saved} is intact" if saved is not None else "no checkpoint had been written"
-        return (
-            f"step {line['step']}{made_of} has loss {line['loss']} and gradient norm "
-            f"{line['grad_norm']}; {kept}: lower train.lr, raise train.warmup_ratio, or look at these samples"
-        )
+        return f"step {step}{made_of} has {words}; {kept}: lower train.lr, raise train.warmup_ratio, or look at these samples"
 
     def _restart_clock(self) -> None:
         self._pending = []

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ from vlm_jax.parallel import hosts
 from vlm_jax.train.flops import Cost, peak_flops
 
 FILE = "metrics.jsonl"
+MUST_BE_FINITE = {
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "critic_loss": "critic's loss",
+    "critic_grad_norm": "critic's gradient norm",
+}
 ANSWERS = ("answers", "answer_pairs", "cross_pairs")  # counts that only an encoder-decoder's step gives
 
 
@@ -118,9 +124,12 @@ def line_of(step: int, rate: float, metrics: Mapping[str, np.ndarray], slots_in_
     return line | ({"micro_losses": micro} if len(micro) > 1 else {})
 
 
-def is_finite(line: Mapping[str, Any]) -> bool:
-    """Whether loss and gradient norm of a line are numbers."""
-    return math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+def not_finite(line: Mapping[str, Any]) -> str:
+    """The losses and gradient norms of a line in words if one of them is no number, else ""."""
+    checked = [(key, words) for key, words in MUST_BE_FINITE.items() if key in line]
+    if all(math.isfinite(line[key]) for key, _ in checked):
+        return ""
+    return " and ".join(f"{words} {line[key]}" for key, words in checked)
 
 
 class Speed:
@@ -152,8 +161,19 @@ class Speed:
 
     def median(self) -> dict[str, float]:
         """Median of each rate over the windows after the first, which holds the warm-up."""
-        windows = list(self._rates)[1:] or list(self._rates)
-        return {key: float(np.median([w[key] for w in windows])) for key in (windows[0] if windows else ())}
+        return median_of(self._rates)
+
+    def words(self, line: Mapping[str, Any]) -> str:
+        """Loss and speeds of a window's last line, for the progress bar."""
+        speed = f"{line['mfu']:.1%} MFU" if "mfu" in line else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
+        rate, stall = f"{line['tokens_per_second']:,.0f} tok/s", f"data stall {line['data_stall']:.0%}"
+        return f"loss {line['loss']:.4f}, {rate}, {speed}, {stall}"
+
+
+def median_of(rates: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Median of each rate over the windows after the first."""
+    windows = list(rates)[1:] or list(rates)
+    return {key: float(np.median([w[key] for w in windows])) for key in (windows[0] if windows else ())}
 
 
 class Progress:
@@ -169,12 +189,9 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def update(self, steps: int, line: Mapping[str, Any]) -> None:
-        """Advance by `steps` and show loss and speeds of a window's last line."""
-        if "tokens_per_second" in line:
-            speed = f"{line['mfu']:.1%} MFU" if "mfu" in line else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
-            rate, stall = f"{line['tokens_per_second']:,.0f} tok/s", f"data stall {line['data_stall']:.0%}"
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate}, {speed}, {stall}", refresh=False)
+    def update(self, steps: int, words: str) -> None:
+        """Advance by `steps` and show `words`."""
+        self._bar.set_postfix_str(words, refresh=False)
         self._bar.update(steps)
 
     def close(self) -> None:

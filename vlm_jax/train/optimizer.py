@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from vlm_jax.nn.params import Params
-from vlm_jax.train.options import TrainConfig
+from vlm_jax.train.options import RunConfig, TrainConfig
 
 
 def schedule(step: int, total: int, warmup: int, kind: str, decay: int = 0) -> float:
@@ -40,24 +40,24 @@ def schedule(step: int, total: int, warmup: int, kind: str, decay: int = 0) -> f
 
 def rate_factor(config: TrainConfig, update: int, total: int) -> float:
     """What multiplies every group's learning rate in update 0, 1, ... total-1."""
-    warmup = math.ceil(total * config.warmup_ratio) if config.warmup_steps is None else config.warmup_steps
+    warmup = config.warmup(total)
     decay = math.ceil(total * config.decay_ratio)
     if config.compat.zero_first_lr:
         return schedule(update, total, warmup, config.schedule, decay)
     return schedule(update + 1, total + 1, warmup, config.schedule, decay)
 
 
-def group_lr(config: TrainConfig, path: str) -> float:
+def group_lr(config: RunConfig, path: str) -> float:
     """Peak learning rate of the parameter at `path`."""
     return next((lr for pattern, lr in config.group_lrs if re.search(pattern, path)), config.lr)
 
 
-def group_decay(config: TrainConfig, path: str) -> float:
+def group_decay(config: RunConfig, path: str) -> float:
     """Weight decay of the parameter at `path`: none for biases and norm scales."""
     return 0.0 if any(re.search(pattern, path) for pattern in config.no_decay) else config.weight_decay
 
 
-def groups(config: TrainConfig, paths: Iterable[str]) -> dict[tuple[float, float], list[str]]:
+def groups(config: RunConfig, paths: Iterable[str]) -> dict[tuple[float, float], list[str]]:
     """{(peak learning rate, weight decay): paths}, for the run's log."""
     out: dict[tuple[float, float], list[str]] = {}
     for path in sorted(paths):
@@ -65,7 +65,7 @@ def groups(config: TrainConfig, paths: Iterable[str]) -> dict[tuple[float, float
     return out
 
 
-def moments(config: TrainConfig) -> optax.GradientTransformation:
+def moments(config: RunConfig) -> optax.GradientTransformation:
     """Adam's preconditioner; rates and decay are applied in `updates`."""
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.moment_dtype)
 
@@ -76,7 +76,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def updates(
-    config: TrainConfig, grads: Params, opt_state: optax.OptState, params: Params, factor: jax.Array
+    config: RunConfig, grads: Params, opt_state: optax.OptState, params: Params, factor: jax.Array
 ) -> tuple[Params, optax.OptState, jax.Array]:
     """(what to add to `params`, new optimizer state, norm of the gradients before clipping)."""
     norm = global_norm(grads)
@@ -92,9 +92,7 @@ def updates(
     return steps, opt_state, norm
 
 
-def state_shardings(
-    config: TrainConfig, params: Mapping[str, Any], shardings: Mapping[str, Any], replicated: Any
-) -> Any:
+def state_shardings(config: RunConfig, params: Mapping[str, Any], shardings: Mapping[str, Any], replicated: Any) -> Any:
     """NamedShardings of the optimizer state: each moment like its parameter (jit alone leaves it whole).
 
     params: {path: shape and dtype}.

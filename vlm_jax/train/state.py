@@ -1,7 +1,7 @@
 """Train state: what an update reads and writes, as flat dicts of arrays created where they will live.
 
 step int32 | trainable {path: float32} | frozen {path: frozen_dtype} | opt_state (moments of trainable) |
-rng uint32 [2]
+rng uint32 [2] | moving {path: array}, what an update changes without an optimizer (of visual tokenizers)
 
 Frozen leaves that mean something only in their own type keep it: codes and scales of quantised kernels, scales of adapters.
 """
@@ -32,7 +32,7 @@ from vlm_jax.train.options import TrainConfig
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "trainable", "frozen", "opt_state", "rng"],
+    data_fields=["step", "trainable", "frozen", "opt_state", "rng", "moving"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class TrainState:
     frozen: dict[str, Any]
     opt_state: Any
     rng: Any
+    moving: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def params(self) -> Params:

@@ -30,7 +30,8 @@ from vlm_jax.train.state import TrainState, shardings
 # logical axes of a row batch behind the accumulation axis
 SLOTS = ("tokens", "image_slots", "targets", "weights", "segments", "positions")
 ANSWER_SLOTS = tuple(f"answer_{key}" for key in ("tokens", "targets", "weights", "segments", "positions"))
-BATCH_AXES: dict[str, tuple[str | None, ...]] = {key: ("batch", "length") for key in SLOTS + ANSWER_SLOTS} | {
+Axes = Mapping[str, tuple[str | None, ...]]
+BATCH_AXES: Axes = {key: ("batch", "length") for key in SLOTS + ANSWER_SLOTS} | {
     "images": ("batch", None, None, None, None),
     "features": ("batch", None, None, None),
 }
@@ -45,8 +46,8 @@ def compute_of(config: TrainConfig) -> vlm.Compute:
     return vlm.Compute(config.dtype, config.vision_dtype, config.attention, config.remat)
 
 
-def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSharding] | None:
-    """NamedSharding of batch arrays [A, B, ...]: rows over `data` and `fsdp`, slots over `seq`."""
+def batch_shardings(shapes: Mapping[str, tuple[int, ...]], axes: Axes = BATCH_AXES) -> dict[str, NamedSharding] | None:
+    """NamedSharding of batch arrays [A, B, ...]: rows over `data` and `fsdp`, slots over `seq`; axes: logical ones behind A."""
     current = rules.current()
     if current is None:
         return None
@@ -59,7 +60,7 @@ def batch_shardings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedSha
             f"train.global_batch / train.accum = {rows} rows cannot be divided among the {parts} devices "
             f"of mesh axes {' and '.join(over)}: make it a multiple of {parts}"
         )
-    return {key: rules.sharding((None, *BATCH_AXES[key]), shape, mesh, table) for key, shape in shapes.items()}
+    return {key: rules.sharding((None, *axes[key]), shape, mesh, table) for key, shape in shapes.items()}
 
 
 def loss_and_gradients(
@@ -84,7 +85,9 @@ def loss_and_gradients(
         net = vlm.build(model, {**frozen, **trainable})
         with dropout_key(key):
             hidden = vlm.forward(net, micro, compute_of(config))
-        sums = cross_entropy(hidden, net.llm.head_kernel(), *supervised(model, micro), config.loss_chunk)
+        sums = cross_entropy(
+            hidden, net.llm.head_kernel(), *supervised(model, micro), config.loss_chunk, config.compat.logits_dtype
+        )
         return sums.loss * scale, sums
 
     def gradients(micro: Batch, scale: jax.Array, key: jax.Array | None) -> tuple[Params, Any]:
@@ -184,6 +187,6 @@ def make_step(model: VLMConfig, config: TrainConfig, batch_shapes: Mapping[str, 
     )
 
 
-def split_micro_batches(rows: Mapping[str, np.ndarray], accum: int) -> dict[str, np.ndarray]:
-    """A row batch [R, ...] as [A, R / A, ...]; keys that the step does not read are left out."""
-    return {key: rows[key].reshape(accum, -1, *rows[key].shape[1:]) for key in BATCH_AXES if key in rows}
+def split_micro_batches(rows: Mapping[str, np.ndarray], accum: int, axes: Axes = BATCH_AXES) -> dict[str, np.ndarray]:
+    """A row batch [R, ...] as [A, R / A, ...]; keys that are not in `axes`, which the step does not read, are left out."""
+    return {key: rows[key].reshape(accum, -1, *rows[key].shape[1:]) for key in axes if key in rows}

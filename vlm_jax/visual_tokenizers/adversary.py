@@ -8,44 +8,12 @@ critic     hinge    (mean relu(1 - real) + mean relu(1 + fake)) / 2
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import one_of
-
-
-@dataclasses.dataclass(frozen=True)
-class AdversaryConfig:
-    """Weights and schedule. start: first step with a critic; `limit`: of the balance (500 in UniCode, whose `fade` is 0.9).
-
-    adversarial: hinge (-mean fake) or non_saturating; swapped: LlamaGen's program passes BCE its arguments the wrong way round.
-    top_*: whether a picture of the top codes alone counts too.
-    weigh_critic: the critic's loss is multiplied by `weight` too (LlamaGen, RQ-VAE).
-    """
-
-    reconstruction: str = "l2"
-    reconstruction_weight: float = 1.0
-    perceptual_weight: float = 1.0
-    weight: float = 0.75
-    start: int = 0
-    critic: str = "hinge"
-    adversarial: str = "hinge"
-    swapped: bool = False
-    adaptive: bool = True
-    limit: float = 1e4
-    fade: float = 0.0
-    top_reconstruction: bool = True
-    top_perceptual: bool = False
-    top_adversarial: bool = False
-    weigh_critic: bool = False
-
-    def __post_init__(self):
-        one_of("adversary.reconstruction", self.reconstruction, ("l1", "l2"))
-        one_of("adversary.critic", self.critic, ("hinge", "vanilla", "non_saturating"))
-        one_of("adversary.adversarial", self.adversarial, ("hinge", "non_saturating"))
+from vlm_jax.visual_tokenizers.options import AdversaryConfig
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array | float) -> jax.Array:

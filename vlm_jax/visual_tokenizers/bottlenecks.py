@@ -161,17 +161,19 @@ class Levels(nnx.Module):
         """What `encode` needs to restart unused codes: one draw per level."""
         return [draws_from(k) for k in jax.random.split(key, self.count)]
 
-    def _down(self, level: int, x: jax.Array) -> jax.Array:
+    def down(self, level: int, x: jax.Array) -> jax.Array:
+        """Resolution of `level` + 1 -> that of `level`."""
         return getattr(self, f"down_{level}")(x) if self.config.upsample == "conv" else _down(self.config, x)
 
-    def _up(self, level: int, x: jax.Array) -> jax.Array:
+    def up(self, level: int, x: jax.Array) -> jax.Array:
+        """Resolution of `level` -> that of `level` + 1."""
         return getattr(self, f"up_{level}")(x) if self.config.upsample == "conv" else _up(self.config, x)
 
     def encode(self, z: jax.Array, codebooks: Codebooks, *, train: bool = False, ratio=0.0, draws=None) -> Coded:
         """z [B, h, w, D] at the finest resolution."""
         inputs = [z]
         for level in reversed(range(self.count - 1)):
-            inputs.insert(0, self._down(level, inputs[0]))
+            inputs.insert(0, self.down(level, inputs[0]))
         known, codes, losses, after, signed = jnp.zeros_like(inputs[0]), [], {}, dict(codebooks), 0.0
         for level, quantizer in enumerate(self.quantizers):
             left = inputs[level] - known
@@ -179,7 +181,7 @@ class Levels(nnx.Module):
             found = quantizer.encode(left, codebooks[f"level_{level}"], train=train, draw=draw)
             signed = signed + (left.mean() if level else 0.0)
             known = found.latents + known
-            known = self._up(level, known) if level < self.count - 1 else known
+            known = self.up(level, known) if level < self.count - 1 else known
             codes.append(found.codes)
             losses[f"commit_{level}"], after[f"level_{level}"] = found.losses["commit"], found.state
         return Coded(tuple(codes), known, losses, after, {"residual_mean": signed})
@@ -197,7 +199,7 @@ class Levels(nnx.Module):
                 shrink = self.config.factor ** (present - level)
                 rows = jnp.zeros((b, h // shrink, w // shrink, quantizer.width))
             known = rows if known is None else known if rows is None else known + rows
-            known = self._up(level, known) if level < self.count - 1 else known
+            known = self.up(level, known) if level < self.count - 1 else known
         return known
 
 

@@ -68,15 +68,16 @@ class PatchCritic(nnx.Module):
         self.norm, self.layers = norm, layers
         at_least_one("critic", self, ("layers",))
         make = {"batch": BatchNorm, "group": GroupNorm, "act": ActNorm}[norm]
-        self.main_0 = Conv(3, width, 4, rngs, stride=2, pad=1)
+        start = normal(0.02)  # as DCGAN, all kernels
+        self.main_0 = Conv(3, width, 4, rngs, stride=2, pad=1, init=start)
         din = width
         for n in range(1, layers + 1):
             dout, at = width * min(2**n, 8), 3 * n - 1
-            conv = Conv(din, dout, 4, rngs, stride=2 if n < layers else 1, pad=1, bias=norm == "act")
+            conv = Conv(din, dout, 4, rngs, stride=2 if n < layers else 1, pad=1, bias=norm == "act", init=start)
             setattr(self, f"main_{at}", conv)
             setattr(self, f"main_{at + 1}", make(dout, rngs))
             din = dout
-        setattr(self, f"main_{3 * layers + 2}", Conv(din, 1, 4, rngs, pad=1))
+        setattr(self, f"main_{3 * layers + 2}", Conv(din, 1, 4, rngs, pad=1, init=start))
 
     def initial(self) -> Stats:
         """Running statistics before training; empty without batch norm."""

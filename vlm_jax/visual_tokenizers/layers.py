@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.nn.attention import Mask, attention
-from vlm_jax.nn.params import ones, param, zeros
+from vlm_jax.nn.params import Init, ones, param, zeros
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -29,7 +29,7 @@ def _uniform_fan_in(fan: int):
 
 
 class Conv(nnx.Module):
-    """Convolution k x k: [B, H, W, I] -> [B, H', W', O]."""
+    """Convolution k x k: [B, H, W, I] -> [B, H', W', O]; init: of the kernel, default torch's."""
 
     def __init__(
         self,
@@ -41,10 +41,11 @@ class Conv(nnx.Module):
         stride: int = 1,
         pad: int | Padding = 0,
         bias: bool = True,
+        init: Init | None = None,
     ):
-        init = _uniform_fan_in(din * size * size)
-        self.kernel = param(rngs, init, (size, size, din, dout), (None, None, "embed", None))
-        self.bias = param(rngs, init, (dout,), (None,)) if bias else None
+        usual = _uniform_fan_in(din * size * size)
+        self.kernel = param(rngs, init or usual, (size, size, din, dout), (None, None, "embed", None))
+        self.bias = param(rngs, usual, (dout,), (None,)) if bias else None
         self.stride, self.pad = stride, pad
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,11 +76,16 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        f = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
-        f = f - f.mean((1, 3), keepdims=True)
-        f = f * jax.lax.rsqrt((f * f).mean((1, 3), keepdims=True) + self.eps)
-        return (f.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+        f = x.astype(jnp.float32)
+        f = f - self._mean(f)
+        scale = jax.lax.rsqrt(self._mean(f * f) + self.eps) * self.scale[...]
+        return (f * scale + self.bias[...]).astype(x.dtype)
+
+    def _mean(self, x: jax.Array) -> jax.Array:
+        """Mean over space and the channels of a group, [B, 1, 1, C]: channels stay the last axis, which is what makes it fast."""
+        b, c = x.shape[0], x.shape[-1]
+        means = x.mean((1, 2)).reshape(b, self.groups, c // self.groups).mean(-1, keepdims=True)
+        return jnp.broadcast_to(means, (b, self.groups, c // self.groups)).reshape(b, 1, 1, c)
 
 
 class ResidualBlock(nnx.Module):

@@ -1,4 +1,4 @@
-"""What a visual tokenizer is: frozen dataclasses for the convolutions and the quantiser, and the published ones by name.
+"""What a visual tokenizer and its critic are: frozen dataclasses, free of jax, and the published tokenizers by name.
 
 image -> encoder -> quant_conv -> bottleneck (codes) -> post_quant_conv -> decoder -> image
 """
@@ -119,6 +119,18 @@ class QuantizerConfig:
         return self.width // self.factor**2 if split else self.width
 
     @property
+    def books(self) -> tuple[str, ...]:
+        """Name of the codebook of every level of codes, coarsest first."""
+        if self.kind == "levels":
+            return tuple(f"level_{level}" for level in range(len(self.codes)))
+        return ("top", "top" if self.shared else "bottom") if self.kind == "two_level" else ("codebook",)
+
+    @property
+    def coarsening(self) -> int:
+        """Positions of the finest code per position and side of the coarsest."""
+        return {"two_level": self.factor, "levels": self.factor ** (len(self.codes) - 1)}.get(self.kind, 1)
+
+    @property
     def decoded_width(self) -> int:
         """Channels in front of post_quant_conv."""
         return self.latent_width * (2 if self.kind == "two_level" else 1)
@@ -134,6 +146,59 @@ class TokenizerConfig:
 
     def __post_init__(self):
         one_of("tokenizer.names", self.names, ("llamagen", "taming"))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversaryConfig:
+    """Weights and schedule. start: first step with a critic; `limit`: of the balance (500 in UniCode, whose `fade` is 0.9).
+
+    adversarial: hinge (-mean fake) or non_saturating; swapped: LlamaGen's program passes BCE its arguments the wrong way round.
+    top_*: whether a picture of the top codes alone counts too.
+    weigh_critic: the critic's loss is multiplied by `weight` too (LlamaGen, RQ-VAE).
+    """
+
+    reconstruction: str = "l2"
+    reconstruction_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    weight: float = 0.75
+    start: int = 0
+    critic: str = "hinge"
+    adversarial: str = "hinge"
+    swapped: bool = False
+    adaptive: bool = True
+    limit: float = 1e4
+    fade: float = 0.0
+    top_reconstruction: bool = True
+    top_perceptual: bool = False
+    top_adversarial: bool = False
+    weigh_critic: bool = False
+
+    def __post_init__(self):
+        one_of("adversary.reconstruction", self.reconstruction, ("l1", "l2"))
+        one_of("adversary.critic", self.critic, ("hinge", "vanilla", "non_saturating"))
+        one_of("adversary.adversarial", self.adversarial, ("hinge", "non_saturating"))
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+    """The discriminator: "patch" (PatchGAN: width, layers, norm), "style" (StyleGAN's, for images of a power of two), or "none".
+
+    norm: batch, over the images of all devices, or group (whose 32 groups need width to be a multiple of 16).
+    """
+
+    kind: str = "patch"
+    width: int = 64
+    layers: int = 3
+    norm: str = "batch"
+
+    def __post_init__(self):
+        one_of("critic.kind", self.kind, ("patch", "style", "none"))
+        one_of("critic.norm", self.norm, ("batch", "group"))
+        at_least_one("critic", self, ("width", "layers"))
+        if self.kind == "patch" and self.norm == "group" and self.width % 16:
+            raise ConfigError(
+                f"critic.width={self.width} must be a multiple of 16: its norms have 32 groups of 2 x width"
+            )
 
 
 def _taming(multipliers: tuple[int, ...], attention: int, init_downsample: bool, **quantizer) -> TokenizerConfig:

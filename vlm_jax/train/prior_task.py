@@ -1,0 +1,243 @@
+"""A prior over codes as a task of the training loop: state, step, lines of metrics and speeds.
+
+trainable  <path>            but the features of no caption, which stay frozen
+moving     average/<path>    moving average of what is trained
+loss       (sum of all cross-entropies) / codes of the batch, gradients of the micro-batches summed by a scan
+line       {"step", "lr", "loss", "accuracy", "grad_norm", "update_norm", "param_norm", "images"}
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm_jax.config import to_dict
+from vlm_jax.nn.params import Params, merge
+from vlm_jax.parallel import rules
+from vlm_jax.prior_recipe import PriorRecipe
+from vlm_jax.train import optimizer
+from vlm_jax.train.flops import peak_flops
+from vlm_jax.train.metrics import median_of
+from vlm_jax.train.prior_loss import gpt_loss
+from vlm_jax.train.prior_options import PriorTrainConfig
+from vlm_jax.train.state import TrainState
+from vlm_jax.train.step import Axes, batch_shardings
+from vlm_jax.train.task import Shapes
+from vlm_jax.train.tokenizer_state import AVERAGE, below
+from vlm_jax.visual_tokenizers.priors import gpt
+from vlm_jax.visual_tokenizers.priors.options import GPTConfig
+
+CODE_AXES: Axes = {
+    "codes": ("batch", None),
+    "labels": ("batch",),
+    "captions": ("batch", None, None),
+    "caption_mask": ("batch", None),
+}
+FROZEN = ("condition/unconditional",)
+
+Results = dict[str, jax.Array]
+
+
+def parts(recipe: PriorRecipe, leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"trainable", "frozen", "moving": {path: leaf}} of the leaves of a prior."""
+    trainable = {path: x for path, x in leaves.items() if path not in FROZEN}
+    frozen = {path: x for path, x in leaves.items() if path in FROZEN}
+    return {
+        "trainable": trainable,
+        "frozen": frozen,
+        "moving": below(AVERAGE, trainable) if recipe.train.average else {},
+    }
+
+
+def shardings(recipe: PriorRecipe) -> TrainState | None:
+    """NamedSharding of every array of the state under the mesh in use, None without one."""
+    where = gpt.shardings(recipe.prior)
+    if where is None:
+        return None
+    made, whole = parts(recipe, where), NamedSharding(rules.current()[0], PartitionSpec())
+    shapes = parts(recipe, gpt.shapes(recipe.prior))["trainable"]
+    moments = optimizer.state_shardings(recipe.train, shapes, made["trainable"], whole)
+    return TrainState(whole, made["trainable"], made["frozen"], moments, whole, made["moving"])
+
+
+def gradients(
+    recipe: PriorRecipe, state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
+) -> tuple[Params, Results]:
+    """(gradients laid out like their parameters, {"loss", "accuracy"}) of a batch [A, B, ...]."""
+    c, where, graph = recipe.train, gpt.shardings(recipe.prior), gpt.structure(recipe.prior)
+    micros = len(batch["codes"])
+
+    def loss(trainable: Params, micro: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
+        model = merge(graph, {**state.frozen, **trainable})
+        sums = gpt_loss(model, micro, key, dtype=c.dtype, impl=c.attention, remat=c.remat, chunk=c.loss_chunk)
+        return sums.loss / batch["codes"].size, sums
+
+    def laid_out(grads: Params) -> Params:
+        """Without it they would come back replicated."""
+        if where is None:
+            return grads
+        return {path: jax.lax.with_sharding_constraint(x, where[path]) for path, x in grads.items()}
+
+    def accumulate(total: Params, inputs: tuple) -> tuple[Params, Any]:
+        grads, sums = jax.grad(loss, has_aux=True)(state.trainable, *inputs)
+        return laid_out(jax.tree.map(jnp.add, total, grads)), sums
+
+    if micros == 1:
+        grads, sums = jax.grad(loss, has_aux=True)(state.trainable, {k: x[0] for k, x in batch.items()}, key)
+        grads = laid_out(grads)
+    else:
+        zeros = laid_out(jax.tree.map(jnp.zeros_like, state.trainable))
+        grads, sums = jax.lax.scan(accumulate, zeros, (dict(batch), jax.random.split(key, micros)))
+    codes = batch["codes"].size
+    return grads, {"loss": jnp.sum(sums.loss) / codes, "accuracy": jnp.sum(sums.correct) / codes}
+
+
+def update(
+    recipe: PriorRecipe, state: TrainState, batch: Mapping[str, jax.Array], rate: jax.Array
+) -> tuple[TrainState, Results]:
+    """One update."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    grads, results = gradients(recipe, state, batch, key)
+    steps, opt_state, norm = optimizer.updates(recipe.train, grads, state.opt_state, state.trainable, rate)
+    trainable = {path: p + steps[path] for path, p in state.trainable.items()}
+    results |= {
+        "grad_norm": norm,
+        "update_norm": optimizer.global_norm(steps),
+        "param_norm": optimizer.global_norm(trainable),
+    }
+    kept = recipe.train.average
+    moving = {path: kept * x + (1 - kept) * trainable[path.removeprefix(AVERAGE)] for path, x in state.moving.items()}
+    return TrainState(state.step + 1, trainable, state.frozen, opt_state, state.rng, moving), results
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorTask:
+    """A recipe; start: parameters that replace random ones."""
+
+    recipe: PriorRecipe
+    start: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    axes = CODE_AXES
+    unit = "images"
+
+    @property
+    def config(self) -> PriorTrainConfig:
+        """The hyperparameters."""
+        return self.recipe.train
+
+    def saved_config(self) -> dict[str, Any]:
+        """The whole recipe."""
+        return to_dict(self.recipe)
+
+    def abstract(self) -> TrainState:
+        """Shapes, dtypes and (under a mesh) shardings of the state; nothing is allocated."""
+        made = parts(self.recipe, gpt.shapes(self.recipe.prior))
+        moments = jax.eval_shape(optimizer.moments(self.config).init, made["trainable"])
+        scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+        state = TrainState(scalar, made["trainable"], made["frozen"], moments, key, made["moving"])
+        where = shardings(self.recipe)
+        if where is None:
+            return state
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+
+    def create(self) -> TrainState:
+        """The state at step 0, every array created where it will live."""
+        places, seed = gpt.shardings(self.recipe.prior), self.config.seed
+        if self.start:
+            params = {path: _place(x, places and places[path]) for path, x in self.start.items()}
+        else:
+            params = gpt.init(self.recipe.prior, seed)
+
+        def rest(trainable: Params) -> tuple:
+            average = below(AVERAGE, jax.tree.map(jnp.copy, trainable)) if self.config.average else {}
+            key = jax.random.key_data(jax.random.key(seed))
+            return jnp.zeros((), jnp.int32), optimizer.moments(self.config).init(trainable), key, average
+
+        made, where = parts(self.recipe, params), shardings(self.recipe)
+        goal = where and (where.step, where.opt_state, where.rng, where.moving)
+        step, moments, key, average = jax.jit(rest, out_shardings=goal)(made["trainable"])
+        return TrainState(step, made["trainable"], made["frozen"], moments, key, average)
+
+    def step(self, shapes: Shapes) -> Any:
+        """The jitted step for batches of `shapes`; the state is donated."""
+        run, where = functools.partial(update, self.recipe), shardings(self.recipe)
+        if where is None:
+            return jax.jit(run, donate_argnums=0)
+        # results come back replicated, so that every process can read them
+        ins = where, batch_shardings(shapes, CODE_AXES), where.step
+        return jax.jit(run, donate_argnums=0, in_shardings=ins, out_shardings=(where, where.step))
+
+    def given(self, update: int, total: int) -> float:
+        """What multiplies the learning rate: a linear warm-up, then constant."""
+        warmup = self.config.warmup(total)
+        return min(1.0, (update + 1) / (warmup + 1))
+
+    def line(self, step: int, given: float, results: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, Any]:
+        """See the module."""
+        said = {key: float(value) for key, value in results.items()}
+        return {"step": step, "lr": self.config.lr * given} | said | {"images": images_of(shapes)}
+
+    def rates(self, state: TrainState, shapes: Shapes) -> CodeRates:
+        """Images per second and FLOPs."""
+        return CodeRates(images_of(shapes), training_flops(self.recipe.prior), jax.device_count())
+
+    def size(self, state: TrainState) -> str:
+        """Parameters."""
+        return f"{sum(x.size for x in state.trainable.values()):,} parameters trained"
+
+
+def images_of(shapes: Shapes) -> int:
+    """Images of a batch."""
+    return int(np.prod(shapes["codes"][:2]))
+
+
+def training_flops(c: GPTConfig) -> float:
+    """FLOPs that one image's forward and backward pass need: 6 per weight and slot, 12 D per pair of slots that attention looks at."""
+    slots = c.slots + c.length - 1
+    kv = c.kv_heads * c.head_dim
+    block = 2 * c.width * (c.width + kv) + 3 * c.width * c.mlp
+    return 6.0 * (c.layers * block * slots + c.width * c.codes * c.length) + 12.0 * c.width * c.layers * slots**2 / 2
+
+
+class CodeRates:
+    """Speeds over logging windows, time spent waiting for data included."""
+
+    def __init__(self, images: int, flops: float, devices: int):
+        self._images, self._flops, self._devices = images, flops, devices
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._rates: collections.deque[dict[str, float]] = collections.deque(maxlen=1000)
+
+    def window(self, steps: list[Mapping[str, np.ndarray]], seconds: float, waited: float) -> dict[str, float]:
+        """See task.Rates."""
+        speed = self._images * len(steps) / seconds
+        rates = {
+            "seconds_per_step": seconds / len(steps),
+            "images_per_second": speed,
+            "tflops_per_second_per_device": speed * self._flops / self._devices / 1e12,
+            "data_stall": waited / seconds,
+        }
+        rates |= {"mfu": speed * self._flops / self._devices / self._peak} if self._peak else {}
+        self._rates.append(rates)
+        return rates
+
+    def median(self) -> dict[str, float]:
+        """Median of each rate over the windows after the first, which holds the warm-up."""
+        return median_of(self._rates)
+
+    def words(self, line: Mapping[str, Any]) -> str:
+        """For the progress bar."""
+        rate, stall = f"{line['images_per_second']:,.1f} images/s", f"data stall {line['data_stall']:.0%}"
+        return f"loss {line['loss']:.4f}, {line['accuracy']:.1%} right, {rate}, {stall}"
+
+
+def _place(value: np.ndarray, where: NamedSharding | None) -> jax.Array:
+    """A given array where it will live; each device reads only its slice."""
+    array = np.asarray(value, np.float32)
+    return jnp.array(array) if where is None else jax.make_array_from_callback(array.shape, where, array.__getitem__)

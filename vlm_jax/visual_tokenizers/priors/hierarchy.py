@@ -1,0 +1,56 @@
+"""RQ- and HQ-Transformers as flat dicts of arrays: structure, shapes, placement and random values of a config.
+
+model = nn.params.merge(structure(config), params)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import nnx
+
+from vlm_jax.nn.params import Params, logical_axes, split
+from vlm_jax.parallel import rules
+from vlm_jax.visual_tokenizers.priors.hierarchy_options import HQTransformerConfig, RQTransformerConfig
+from vlm_jax.visual_tokenizers.priors.hq_transformer import HQTransformer
+from vlm_jax.visual_tokenizers.priors.rq_transformer import RQTransformer
+
+Config = RQTransformerConfig | HQTransformerConfig
+Model = RQTransformer | HQTransformer
+
+
+def make(config: Config, seed: int) -> Model:
+    """A random model."""
+    kind = RQTransformer if isinstance(config, RQTransformerConfig) else HQTransformer
+    return kind(config, nnx.Rngs(seed))
+
+
+@functools.lru_cache(maxsize=32)
+def abstract(config: Config) -> Model:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: make(config, 0))
+
+
+def structure(config: Config) -> nnx.GraphDef:
+    """Static structure, the first argument of `nn.params.merge`."""
+    return split(abstract(config))[0]
+
+
+def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """{"path": shape and dtype} of every parameter."""
+    return split(abstract(config))[1]
+
+
+def shardings(config: Config) -> dict[str, jax.sharding.NamedSharding] | None:
+    """{"path": NamedSharding} under the mesh in use, None without one."""
+    current = rules.current()
+    if current is None:
+        return None
+    axes = logical_axes(abstract(config))
+    return {path: rules.sharding(axes[path], s.shape, *current) for path, s in shapes(config).items()}
+
+
+def init(config: Config, seed: int) -> Params:
+    """Random parameters, each created directly with its sharding when a mesh is in use."""
+    return jax.jit(lambda: split(make(config, seed))[1], out_shardings=shardings(config))()
