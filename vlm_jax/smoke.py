@@ -31,7 +31,7 @@ def shrink(recipe: Recipe) -> Recipe:
         d,
         path=(),
         generated_watches=48,
-        generated_task="caption" if "plain" in d.template else "rounds",
+        generated_task=d.generated_task if d.generated_watches else "caption" if "plain" in d.template else "rounds",
         threads=2,
         row_length=384 if unpacked else 768,
         sample_length=384,

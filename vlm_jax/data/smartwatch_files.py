@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vlm_jax.config import UserError, one_of
 from vlm_jax.data.smartwatch import MATERIALS, WHITE, Watch, render, sample_watch
+from vlm_jax.data.smartwatch_claims import claims_records
 from vlm_jax.data.smartwatch_text import STYLES, published_records, rounds_records
 
 CHUNK = 64  # pictures handed to a process at a time
@@ -28,9 +29,9 @@ FEW = 256  # below this starting processes takes longer than drawing
 
 @dataclasses.dataclass(frozen=True)
 class WatchSet:
-    """What to draw. style: "published" (three records per image, tasks generation, vqa, caption) or "rounds" (one record that asks
-    all five attributes, each in one of the first `wordings` published wordings). hands: colours (red, green, blue) of the hour,
-    minute and second hand, or one for all."""
+    """What to draw. style: "published" (three records per image, tasks generation, vqa, caption), "rounds" (one record that asks
+    all five attributes, each in one of the first `wordings` published wordings) or "claims" (a caption and three questions, see
+    smartwatch_claims). hands: colours (red, green, blue) of the hour, minute and second hand, or one for all."""
 
     count: int
     seed: int = 0
@@ -61,6 +62,8 @@ def draw_all(settings: WatchSet) -> tuple[list[Watch], list[dict[str, Any]]]:
         watches.append(watch)
         if settings.style == "published":
             records += published_records(rng, watch, f"{i}.png")
+        elif settings.style == "claims":
+            records += claims_records(rng, watch, f"{i}.png")
         else:
             records += rounds_records(rng, watch, f"{i}.png", settings.wordings)
     return watches, records

@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 ATTRIBUTES = ("weather_pos", "battery_pos", "weather", "battery", "time")
-STYLES = ("published", "rounds")
+STYLES = ("published", "rounds", "claims")
 KINDS = ("what", "what", "what", "where", "where")
 ASKED = {"what": ("weather", "time", "battery"), "where": ("battery_pos", "weather_pos")}
 EXTRA_ROUNDS = 3

@@ -16,6 +16,7 @@ from typing import Any
 NAMES = {
     "weather": "weather", "weather_pos": "position of the weather", "battery_pos": "position of the battery",
     "battery_exact": "battery, exact", "time_exact": "time, exact to the second", "battery": "battery", "time": "time",
+    "all": "all pairs", "best": "true caption above all others", "true": "VQAScore of true captions", "wrong": "of wrong ones",
 }  # fmt: skip
 SMOOTHING = 25  # updates averaged in the drawn curves
 
@@ -44,22 +45,28 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """PNG of loss and accuracy on supervised tokens by update; lines: a run's metrics (`step`, `loss`, `token_accuracy`)."""
+def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path, before: Sequence[Mapping[str, Any]] = ()) -> None:
+    """PNG of loss and accuracy on supervised tokens by update.
+
+    lines: a run's metrics (`step`, `loss`, `token_accuracy`); before: those of the run that it went on from, drawn to their left.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [line["step"] for line in lines]
+    done = before[-1]["step"] if before else 0
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, key, title in zip(axes, ("loss", "token_accuracy"), ("training loss", "accuracy on answer tokens")):
-        values = [line[key] for line in lines]
-        axis.plot(steps, values, color="#b9d2ee", linewidth=0.8)
-        axis.plot(steps, _smoothed(values), color="#2f7ed8", linewidth=1.8)
+        for first, run in ((0, before), (done, lines)):
+            steps, values = [first + line["step"] for line in run], [line[key] for line in run]
+            axis.plot(steps, values, color="#b9d2ee", linewidth=0.8)
+            axis.plot(steps, _smoothed(values), color="#2f7ed8", linewidth=1.8)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    if all(line["loss"] > 0 for line in lines):
+        if done:
+            axis.axvline(done, color="#5a6675", linewidth=0.8, linestyle="--")
+    if all(line["loss"] > 0 for line in (*before, *lines)):
         axes[0].set_yscale("log")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -90,14 +97,17 @@ def write_page(
     curves: Path,
     shown: int = 30,
 ) -> None:
-    """report.html: summary, curves, and the first `shown` watches with every question.
+    """report.html: summary, curves, and the first `shown` watches with every question or caption.
 
-    answers: dicts with image, question, answer, truth, right and score, as evaluate.smartwatch gives them.
+    answers: dicts with image, question, answer, truth, right and score, as evaluate.smartwatch gives them, or with image, caption,
+    attribute, value and right, as evaluate.watch_claims does.
     """
     by_image: dict[str, list[Mapping[str, Any]]] = {}
     for answer in answers:
         by_image.setdefault(answer["image"], []).append(answer)
-    watches = "\n".join(_watch(images / name, asked) for name, asked in list(by_image.items())[:shown])
+    ranked = bool(answers) and "caption" in answers[0]
+    items = _captions if ranked else _questions
+    watches = "\n".join(_watch(images / name, items(told)) for name, told in list(by_image.items())[:shown])
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>vlm_jax quickstart</title><style>{STYLE}</style></head><body>
@@ -105,7 +115,7 @@ def write_page(
 <p>{_facts(summary)}</p>
 <div class="panel summary"><div>{_table(summary)}<p class="truth">Black mark: what answering without looking would reach.</p></div>
 <img alt="loss curves" src="{_embedded(curves)}"></div>
-<h2>Held-out watches and the model's answers</h2>
+<h2>Held-out watches and {"VQAScores of their captions" if ranked else "the model's answers"}</h2>
 <div class="grid">{watches}</div>
 </body></html>
 """
@@ -135,7 +145,13 @@ def _table(summary: Mapping[str, Any]) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _watch(image: Path, asked: Sequence[Mapping[str, Any]]) -> str:
+def _watch(image: Path, items: str) -> str:
+    return (
+        f'<div class="watch"><img alt="watch {html.escape(image.stem)}" src="{_embedded(image)}"><dl>{items}</dl></div>'
+    )
+
+
+def _questions(asked: Sequence[Mapping[str, Any]]) -> str:
     items = []
     for one in asked:
         kind = "right" if one["right"] else "wrong"
@@ -148,7 +164,20 @@ def _watch(image: Path, asked: Sequence[Mapping[str, Any]]) -> str:
         items.append(
             f'<dt>{html.escape(one["question"])}</dt><dd class="{kind}">{mark} {html.escape(one["answer"]) or "(nothing)"}{truth}</dd>'
         )
-    return f'<div class="watch"><img alt="watch {html.escape(image.stem)}" src="{_embedded(image)}"><dl>{"".join(items)}</dl></div>'
+    return "".join(items)
+
+
+def _captions(told: Sequence[Mapping[str, Any]]) -> str:
+    """The true caption and the wrong ones with their scores, as numbers and bars."""
+    items = []
+    for one in told:
+        kind, mark = ("right", "&#10003;") if one["right"] else ("wrong", "&#10007;")
+        about = f"wrong {NAMES[one['attribute']]}" if one["attribute"] else "true"
+        bar = f'<div class="bar"><i style="width:{100 * one["value"]:.1f}%"></i></div>'
+        items.append(
+            f'<dt>{about}: {html.escape(one["caption"])}</dt><dd class="{kind}">{mark} {one["value"]:.3f}{bar}</dd>'
+        )
+    return "".join(items)
 
 
 def _embedded(png: Path) -> str:
