@@ -144,6 +144,7 @@ def test_a_new_model_knows_nothing_and_dropout_is_another_with_every_key():
     assert abs(first - math.log(config.codes)) < 0.05
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_keeps_its_types_in_bfloat16(kind):
     config = KINDS[kind]

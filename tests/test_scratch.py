@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError, LLMConfig, VisionConfig, VLMConfig
+from vlm_jax.config import ConfigError, LLMConfig, T5Config, VisionConfig, VLMConfig
 from vlm_jax.models import vlm
 from vlm_jax.models.scratch import POSITION_STD, standard_deviation
 
@@ -15,11 +15,16 @@ MODEL = VLMConfig(
 )  # fmt: skip
 
 
-def test_deviations_are_those_promised():
-    params = vlm.init(MODEL, 0)
-    assert set(params) == set(vlm.shapes(MODEL))
+T5 = dataclasses.replace(MODEL, llm=T5Config(64, 32, 64, 2, 2, 4, 8))
+
+
+@pytest.mark.parametrize("model", [MODEL, T5], ids=["llama", "t5"])
+def test_deviations_are_those_promised(model):
+    params = vlm.init(model, 0)
+    assert set(params) == set(vlm.shapes(model))
+    assert float(np.std(params["llm/embed/embedding"])) == pytest.approx(1.0 if model is T5 else 0.02, rel=0.1)
     for path, x in params.items():
-        std = standard_deviation(path, x.shape, MODEL)
+        std = standard_deviation(path, x.shape, model)
         if std is not None:
             assert float(np.std(x)) == pytest.approx(std, rel=0.1), path
         elif path.endswith("scale"):

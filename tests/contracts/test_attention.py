@@ -254,8 +254,8 @@ def test_what_cannot_be_honoured_raises(impl):
 
 
 def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="attention='flash' is unknown: use one of auto, dense"):
-        attention(*qkv(), Mask(), "flash")
+    with pytest.raises(ValueError, match="attention='fast' is unknown: use one of auto, dense"):
+        attention(*qkv(), Mask(), "fast")
 
 
 def test_auto_only_chooses_what_is_exact():

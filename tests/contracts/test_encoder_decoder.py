@@ -76,7 +76,7 @@ def one_device(drops):
     return loss, {k: np.asarray(g) for k, g in grads.items()}
 
 
-@pytest.mark.parametrize("drops", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("drops", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, tensor=2, seq=2)], ids=["fsdp4_tensor2", "seq2"]
 )

@@ -56,7 +56,11 @@ def compare(have, want, part):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("rq", "fsdp8"), ("rq", "data2_fsdp2_tensor2"), pytest.param("vq", "fsdp8", marks=pytest.mark.slow)],
+    [
+        ("rq", "data2_fsdp2_tensor2"),
+        pytest.param("rq", "fsdp8", marks=pytest.mark.long),
+        pytest.param("vq", "fsdp8", marks=pytest.mark.long),
+    ],
 )
 def test_updates_do_not_depend_on_the_mesh(kind, name):
     results, state, goal = run_on(make_mesh(MESHES[name]), kind)

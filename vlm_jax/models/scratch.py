@@ -3,7 +3,7 @@
     kernels            N(0, 1 / inputs), those that write to the residual stream with half that deviation,
                        those of T5's queries N(0, 1 / (inputs H)), because its scores are not divided by sqrt(H)
     patch kernel       N(0, 1 / inputs) less its mean over the pixels of a patch, times 0.2
-    position, class    N(0, 0.5^2)                         text embedding   N(0, 0.02^2)
+    position, class    N(0, 0.5^2)                         text embedding   N(0, 0.02^2), of T5 N(0, 1) as T5 was first trained
 
 Why: with one deviation for all (0.02, made for fine-tuning pre-trained parts) the flat colour of a patch is much stronger than a thin
 line in it, and patch content much stronger than position, so that training stays on the text's prior for a long time. Filters
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from vlm_jax.config import VLMConfig
 from vlm_jax.nn.params import Params
 
-PATCH_SCALE, POSITION_STD, EMBEDDING_STD, RESIDUAL_SCALE = 0.2, 0.5, 0.02, 0.5
+PATCH_SCALE, POSITION_STD, EMBEDDING_STD, T5_EMBEDDING_STD, RESIDUAL_SCALE = 0.2, 0.5, 0.02, 1.0, 0.5
 COLOURS = 3
 
 
@@ -33,7 +33,7 @@ def standard_deviation(path: str, shape: tuple[int, ...], config: VLMConfig) -> 
     if path in ("tower/position", "tower/cls"):
         return POSITION_STD
     if path == "llm/embed/embedding":
-        return EMBEDDING_STD
+        return T5_EMBEDDING_STD if config.encoder_decoder else EMBEDDING_STD
     if not path.endswith("/kernel"):
         return None
     residual = re.search(r"/((attn|cross)/o|mlp/down)/kernel$", path)
