@@ -25,8 +25,7 @@ from vlm_jax.models.merge import merge_images
 from vlm_jax.models.projectors import Projector
 from vlm_jax.models.t5 import T5, T5Cache
 from vlm_jax.models.vit import VisionTower
-from vlm_jax.nn.params import Params, logical_axes, merge, normal, param, split
-from vlm_jax.parallel import rules
+from vlm_jax.nn.params import Params, logical_axes, merge, normal, param, shardings_of, split
 from vlm_jax.parallel.rules import shard
 
 
@@ -163,8 +162,4 @@ def init(config: VLMConfig, seed: int, dtypes: Mapping[str, str] | None = None) 
 
 def shardings(config: VLMConfig) -> dict[str, jax.sharding.NamedSharding] | None:
     """{"path": NamedSharding} under the mesh in use, None without one."""
-    current = rules.current()
-    if current is None:
-        return None
-    names = axes(config)
-    return {path: rules.sharding(names[path], s.shape, *current) for path, s in shapes(config).items()}
+    return shardings_of(abstract(config))

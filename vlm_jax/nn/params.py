@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.nn import dropout
+from vlm_jax.parallel import rules
 
 Params = dict[str, jax.Array]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -90,3 +91,12 @@ def logical_axes(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
         rank = len(value.get_value().shape)
         out["/".join(map(str, path))] = ("layers",) * (rank - len(axes)) + axes
     return out
+
+
+def shardings_of(model: nnx.Module) -> dict[str, jax.sharding.NamedSharding] | None:
+    """{"path": NamedSharding} of a model, abstract or not, under the mesh in use; None without one."""
+    current = rules.current()
+    if current is None:
+        return None
+    axes = logical_axes(model)
+    return {path: rules.sharding(axes[path], x.shape, *current) for path, x in split(model)[1].items()}

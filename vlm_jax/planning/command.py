@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ def plan(
 ) -> int:  # fmt: skip
     """Compile, print, and write JSON to `out`; returns 0 if the step fits, else DOES_NOT_FIT."""
     one_of("--step", step, STEPS)
-    os.environ["JAX_PLATFORMS"] = "cpu"
     recipe, where = recipes.of_vlm(config), parse_topology(topology)
     recipe = dataclasses.replace(recipe, mesh=mesh_of(mesh, recipe.mesh))
     if search:

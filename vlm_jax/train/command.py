@@ -15,7 +15,7 @@ from vlm_jax.data.generated import make_watch_data
 from vlm_jax.data.image_cache import Views
 from vlm_jax.data.images import Preprocess
 from vlm_jax.data.manifest import DataError
-from vlm_jax.data.pipeline import Batches, Rows, total_steps
+from vlm_jax.data.pipeline import Rows, total_steps
 from vlm_jax.data.t5_text import T5_TEMPLATES
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.parallel import hosts
@@ -23,10 +23,10 @@ from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.prior_recipe import PriorRecipe
 from vlm_jax.recipe import Recipe
 from vlm_jax.train import loop
-from vlm_jax.train.checkpoint import saved_data_state
 from vlm_jax.train.export import export_result
 from vlm_jax.train.features import FeatureCache
 from vlm_jax.train.prior_command import run_prior_recipe
+from vlm_jax.train.runs import batches_of, budget
 from vlm_jax.train.tokenizer_command import run_tokenizer_recipe
 from vlm_jax.train.weights import open_tokenizer, open_weights
 
@@ -62,11 +62,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> loop.Result:
     told = views.folder is not None and hosts.is_first()
     if told:
         hosts.say(views.expect(int(rows.manifest.images[rows.manifest.usable].sum())))
-    index, count = hosts.data_shard(mesh)
-
-    def batches(start: int, state: dict | None) -> Batches:
-        return Batches(rows, recipe.train.global_batch, start, index, count, recipe.data.threads, state)
-
+    batches = batches_of(rows, recipe.train, recipe.data.threads, mesh)
     result = loop.train(
         recipe.train,
         model,
@@ -114,19 +110,15 @@ def image_loader(recipe: Recipe, model: VLMConfig) -> Views | FeatureCache:
 def rows_for(
     recipe: Recipe, model: VLMConfig, tokenizer: Tokenizer, run: Path, load: Views | FeatureCache
 ) -> tuple[Rows, int]:
-    """(rows for the whole run, steps they give): train.epochs passes, or as many as train.steps needs.
-
-    A run that goes on with another train.global_batch has the steps that are done and what the remaining rows give.
-    """
-    t, state = recipe.train, saved_data_state(run / "checkpoints")
-    done, row = (state["step"], state["row"]) if state else (0, 0)
+    """(rows for the whole run, steps they give); see runs.budget."""
+    t = recipe.train
+    state, needed = budget(t, run)
     rows = open_rows(
         recipe.data,
         model,
         tokenizer,
         cache=run / "cache",
-        epochs=1 if t.steps else t.epochs,
-        least_rows=row + (t.steps - done) * t.global_batch if t.steps else 0,
+        **needed,
         global_batch=t.global_batch,
         max_bad=t.max_bad_samples,
         state=state,

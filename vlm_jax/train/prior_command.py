@@ -14,17 +14,16 @@ from vlm_jax.convert.prior import load_prior, save_prior
 from vlm_jax.data.code_rows import Captions, CodeRows, Labels, make_codes, open_sets
 from vlm_jax.data.manifest import DataError
 from vlm_jax.data.measuring import Limits
-from vlm_jax.data.pipeline import Batches, total_steps
+from vlm_jax.data.pipeline import total_steps
 from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.prior_recipe import PriorRecipe
 from vlm_jax.train import loop
-from vlm_jax.train.checkpoint import saved_data_state
+from vlm_jax.train.export import EXPORT
 from vlm_jax.train.prior_task import PriorTask
+from vlm_jax.train.runs import batches_of, budget
 from vlm_jax.train.tokenizer_state import AVERAGE, under
 from vlm_jax.visual_tokenizers.priors import gpt
-
-EXPORT = "export"  # folder of a run that holds what it exports
 
 
 def run_prior_recipe(recipe: PriorRecipe, progress: bool = True) -> loop.Result:
@@ -35,11 +34,7 @@ def run_prior_recipe(recipe: PriorRecipe, progress: bool = True) -> loop.Result:
     task = task_of(recipe)
     mesh = make_mesh(recipe.mesh)
     rows, steps = rows_for(recipe, run)
-    index, count = hosts.data_shard(mesh)
-
-    def batches(start: int, state: dict | None) -> Batches:
-        return Batches(rows, recipe.train.global_batch, start, index, count, recipe.data.threads, state)
-
+    batches = batches_of(rows, recipe.train, recipe.data.threads, mesh)
     how = {"available_steps": steps, "mesh": mesh, "saved_config": to_dict(recipe), "progress": progress}
     result = loop.run_task(task, batches, run, **how)
     if recipe.export and result.status != "stopped":
@@ -60,12 +55,9 @@ def with_generated_codes(recipe: PriorRecipe, folder: Path) -> PriorRecipe:
 
 
 def rows_for(recipe: PriorRecipe, run: Path) -> tuple[CodeRows, int]:
-    """(rows for the whole run, steps they give): train.epochs passes, or as many as train.steps needs.
-
-    A run that goes on with another train.global_batch has the steps that are done and what the remaining rows give.
-    """
-    t, d, p, state = recipe.train, recipe.data, recipe.prior, saved_data_state(run / "checkpoints")
-    done, row = (state["step"], state["row"]) if state else (0, 0)
+    """(rows for the whole run, steps they give); see runs.budget."""
+    t, d, p = recipe.train, recipe.data, recipe.prior
+    state, needed = budget(t, run)
     sets, ids = open_sets(d.codes, p.codes, p.grid)
     if p.condition == "caption":
         known = Captions(ids, d, p.caption_slots, p.caption_width)
@@ -75,8 +67,7 @@ def rows_for(recipe: PriorRecipe, run: Path) -> tuple[CodeRows, int]:
         sets,
         ids,
         known,
-        epochs=1 if t.steps else t.epochs,
-        least_rows=row + (t.steps - done) * t.global_batch if t.steps else 0,
+        **needed,
         seed=d.seed,
         limits=Limits(t.max_bad_samples, d.max_bad_share),
     )

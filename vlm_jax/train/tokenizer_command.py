@@ -21,19 +21,19 @@ from vlm_jax.data.image_lists import ImageList, open_images
 from vlm_jax.data.image_rows import ImageRows
 from vlm_jax.data.manifest import DataError
 from vlm_jax.data.measuring import Limits
-from vlm_jax.data.pipeline import Batches, total_steps
+from vlm_jax.data.pipeline import total_steps
 from vlm_jax.data.smartwatch_files import WatchSet, generate
 from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.tokenizer_recipe import TokenizerRecipe
 from vlm_jax.train import loop
-from vlm_jax.train.checkpoint import saved_data_state
+from vlm_jax.train.export import EXPORT
+from vlm_jax.train.runs import batches_of, budget
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.tokenizer_state import AVERAGE, BOOKS, TOKENIZER, below, books_of, leaves_of_books, under
 from vlm_jax.train.tokenizer_task import TokenizerTask
 from vlm_jax.visual_tokenizers.perceptual import SLICES, read_lpips
 
-EXPORT = "export"  # folder of a run that holds what it exports
 EMBEDDING = "llm/embed/embedding"
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 NARROW = 16  # a random VGG-16 has so many times fewer channels
@@ -48,11 +48,7 @@ def run_tokenizer_recipe(recipe: TokenizerRecipe, progress: bool = True) -> loop
     task = task_of(recipe)
     mesh = make_mesh(recipe.mesh)
     rows, steps = rows_for(recipe, run)
-    index, count = hosts.data_shard(mesh)
-
-    def batches(start: int, state: dict | None) -> Batches:
-        return Batches(rows, recipe.train.global_batch, start, index, count, recipe.data.threads, state)
-
+    batches = batches_of(rows, recipe.train, recipe.data.threads, mesh)
     how = {"available_steps": steps, "mesh": mesh, "saved_config": to_dict(recipe), "progress": progress}
     result = loop.run_task(task, batches, run, **how)
     if recipe.export and result.status != "stopped":
@@ -70,18 +66,14 @@ def with_generated_images(recipe: TokenizerRecipe, folder: Path, progress: bool 
 
 
 def rows_for(recipe: TokenizerRecipe, run: Path) -> tuple[ImageRows, int]:
-    """(rows for the whole run, steps they give): train.epochs passes, or as many as train.steps needs.
-
-    A run that goes on with another train.global_batch has the steps that are done and what the remaining rows give.
-    """
-    t, d, state = recipe.train, recipe.data, saved_data_state(run / "checkpoints")
-    done, row = (state["step"], state["row"]) if state else (0, 0)
+    """(rows for the whole run, steps they give); see runs.budget."""
+    t, d = recipe.train, recipe.data
+    state, needed = budget(t, run)
     images: ImageList = open_images(d, d.cache or run / "cache")
     rows = ImageRows(
         images,
         Crop(d.size, d.crop, d.flip),
-        epochs=1 if t.steps else t.epochs,
-        least_rows=row + (t.steps - done) * t.global_batch if t.steps else 0,
+        **needed,
         seed=d.seed,
         limits=Limits(t.max_bad_samples, d.max_bad_share),
     )

@@ -21,10 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.dropout import drop_rows, dropout, place_of
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from vlm_jax.nn.params import Params, logical_axes, normal, param, scan, split, stack
+from vlm_jax.nn.params import Params, normal, param, scan, shardings_of, split, stack
 from vlm_jax.nn.remat import remat as wrapper
 from vlm_jax.nn.rope import Rope, rotate
-from vlm_jax.parallel import rules
 from vlm_jax.parallel.rules import shard
 from vlm_jax.visual_tokenizers.priors.options import GPTConfig
 
@@ -260,11 +259,7 @@ def shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def shardings(config: GPTConfig) -> dict[str, jax.sharding.NamedSharding] | None:
     """{"path": NamedSharding} under the mesh in use, None without one."""
-    current = rules.current()
-    if current is None:
-        return None
-    axes = logical_axes(abstract(config))
-    return {path: rules.sharding(axes[path], s.shape, *current) for path, s in shapes(config).items()}
+    return shardings_of(abstract(config))
 
 
 def init(config: GPTConfig, seed: int) -> Params:

@@ -10,8 +10,7 @@ import functools
 import jax
 from flax import nnx
 
-from vlm_jax.nn.params import Params, logical_axes, split
-from vlm_jax.parallel import rules
+from vlm_jax.nn.params import Params, shardings_of, split
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import HQTransformerConfig, RQTransformerConfig
 from vlm_jax.visual_tokenizers.priors.hq_transformer import HQTransformer
 from vlm_jax.visual_tokenizers.priors.rq_transformer import RQTransformer
@@ -44,11 +43,7 @@ def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 def shardings(config: Config) -> dict[str, jax.sharding.NamedSharding] | None:
     """{"path": NamedSharding} under the mesh in use, None without one."""
-    current = rules.current()
-    if current is None:
-        return None
-    axes = logical_axes(abstract(config))
-    return {path: rules.sharding(axes[path], s.shape, *current) for path, s in shapes(config).items()}
+    return shardings_of(abstract(config))
 
 
 def init(config: Config, seed: int) -> Params:
