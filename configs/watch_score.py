@@ -50,11 +50,11 @@ def stage1() -> tuple[InitConfig, DataConfig, TrainConfig]:
 def stage2() -> tuple[InitConfig, DataConfig, TrainConfig]:
     """Five questions about each watch in one row: a true and a wrong claim about one fact, such a pair about several, and a fact."""
     data = DataConfig(
-        template="t5_v1", generated_task="claims", generated_watches=4800, seed=0, threads=2,
+        template="t5_v1", generated_task="claims", generated_watches=9600, seed=0, threads=2,
         row_length=400, sample_length=96, answer_length=20, views_per_row=1, shared_images=True,
     )  # fmt: skip
     start = InitConfig(checkpoint="runs/watch_score/stage1/export")
-    return start, data, training(STAGE2, steps=600, global_batch=8, lr=5e-4, loss_chunk=20)
+    return start, data, training(STAGE2, steps=1200, global_batch=8, lr=5e-4, loss_chunk=20)
 
 
 def training(trainable: tuple[str, ...], **sizes: float) -> TrainConfig:

@@ -30,7 +30,7 @@ from vlm_jax.models import vlm
 from vlm_jax.recipe import Recipe
 from vlm_jax.train import metrics
 from vlm_jax.train.command import run_recipe
-from vlm_jax.train.export import EXPORT
+from vlm_jax.train.runs import EXPORT
 
 HELD_OUT = 200  # watches that training never sees
 BATCH = 64  # questions answered at once
@@ -101,6 +101,8 @@ def summarise(
     saved = recipes.load(folder / "config.json")
     spent = [timed for lines in stages for timed in _timed(lines)]
     training = sum(seconds for seconds, _ in spent)
+    if STARTED not in os.environ:  # a stage that was typed before this one is part of what it took
+        started -= sum(seconds for lines in stages[:-1] for seconds, _ in _timed(lines))
     slots = sum(line["slots"] for lines in stages for line in lines)
     return {
         "seconds": time.time() - started,
