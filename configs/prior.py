@@ -1,23 +1,36 @@
-"""LlamaGen's priors over the codes of a VQ-16 tokenizer (arXiv 2406.06525).
+"""Priors over the codes of visual tokenizers: LlamaGen's (arXiv 2406.06525), RQ- and HQ-Transformers (2203.01941, 2206.04452).
 
     python -m vlm_jax tokenize --model vq_ds16_c2i.pt --images IMAGENET/train --crop ten --out codes.arrayrecord
     python -m vlm_jax train --config configs/prior.py:gpt_b,c2i --config.data.codes="('codes.arrayrecord',)"
     python -m vlm_jax imagine --prior runs/prior_gpt_b_c2i --tokenizer vq_ds16_c2i.pt --classes 207,360 --out pictures
 
-Words: gpt_b, gpt_l, gpt_xl, gpt_xxl, gpt_xxxl, gpt_1b, gpt_3b, gpt_7b; c2i or t2i (classes, captions); 256, 384 or 512 pixels.
-t2i also needs --config.data.captions=FOLDER with T5 features. `smoke` makes any of them a tiny one on made-up codes.
+Words of LlamaGen's: gpt_b, gpt_l, gpt_xl, gpt_xxl, gpt_xxxl, gpt_1b, gpt_3b, gpt_7b; c2i or t2i (classes, captions); 256, 384 or 512
+pixels. t2i also needs --config.data.captions=FOLDER with T5 features.
+RQ-Transformers: rq (ImageNet, 480 M), rq_imagenet_821m ..., rq_ffhq_355m, rq_cc3m_654m ...; they read the codebook of the tokenizer
+that made the codes: --config.init.tokenizer=DIR. HQ-Transformers: hq (ImageNet, S), hq_imagenet_l, hq_imagenet_level3 ..., hq_cc15m.
+Those of texts need --config.data.captions=FOLDER with their tokens (.npy).
+watch_vq, watch_rq, watch_hq are small ones over the codes of the watch tokenizers. `smoke` makes any of them a tiny one on made-up codes.
 """
 
 import dataclasses
 
+from vlm_jax.config import ConfigError
 from vlm_jax.data.code_options import CodeDataConfig
-from vlm_jax.prior_recipe import PriorRecipe, shrink
+from vlm_jax.prior_recipe import PriorInit, PriorRecipe, shrink
 from vlm_jax.recipe import config_dict
 from vlm_jax.train.prior_options import PriorTrainConfig
-from vlm_jax.visual_tokenizers.priors.options import PUBLISHED
+from vlm_jax.visual_tokenizers.priors.hierarchy_options import (
+    PUBLISHED_HQ,
+    PUBLISHED_RQ,
+    HQTransformerConfig,
+    RQTransformerConfig,
+    StackConfig,
+)
+from vlm_jax.visual_tokenizers.priors.options import PUBLISHED, GPTConfig
 from vlm_jax.words import read_words
 
-CAPTIONS = "T5_FEATURES"  # stands for the folder until data.captions is set
+CAPTIONS = "CAPTIONS"  # stands for the folder until data.captions is set
+TOKENIZER = "TOKENIZER"  # stands for the tokenizer until init.tokenizer is set
 
 
 def llamagen() -> PriorTrainConfig:
@@ -31,19 +44,80 @@ def llamagen() -> PriorTrainConfig:
     )  # fmt: skip
 
 
+def rq_transformer(batch: int = 2048, epochs: int = 100) -> PriorTrainConfig:
+    """stage2 configs of rq-vae-transformer; codes are hard targets here, theirs are drawn anew from soft ones each time."""
+    return PriorTrainConfig(
+        epochs=epochs, global_batch=batch,
+        lr=5e-4, beta1=0.9, beta2=0.95, weight_decay=1e-4, no_decay=(),  # AdamW over all parameters
+        schedule="cosine",  # to 0, no warm-up
+        clip_norm=1.0,
+        dtype="bfloat16",  # amp
+    )  # fmt: skip
+
+
+def hq_transformer(batch: int = 512, epochs: int = 100, lr: float = 5e-4) -> PriorTrainConfig:
+    """stage2 configs of hqtransformer, whose training script was never published."""
+    return PriorTrainConfig(
+        epochs=epochs, global_batch=batch,
+        lr=lr, beta1=0.9, beta2=0.95, weight_decay=1e-4,
+        no_decay=(r"(^|/)(bias|scale|embedding)$", "^(start|head_start|child_scale)$"),  # linear weights alone decay
+        schedule="cosine", warmup_ratio=1 / epochs,  # warmup_epoch 1
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+def watch() -> PriorTrainConfig:
+    """Small enough for a CPU."""
+    return PriorTrainConfig(
+        steps=2000,
+        global_batch=8,
+        lr=5e-4,
+        schedule="cosine",
+        warmup_steps=50,
+        dtype="float32",
+        log_every=20,
+        save_every=500,
+    )
+
+
+SMALL = {"body": StackConfig(4, 128, 4, dropout=0.0), "head": StackConfig(2, 128, 4, dropout=0.0)}
+WATCHES = {
+    "watch_vq": GPTConfig(4, 4, 4, 128, 384, codes=4096, grid=28, classes=1),
+    "watch_rq": RQTransformerConfig((28, 28), 4, 512, 16, conditions=1, **SMALL),
+    "watch_hq": HQTransformerConfig(14, (512, 512), condition="none", **SMALL),
+}
+RQ = {"rq": PUBLISHED_RQ["imagenet_480m"]} | {f"rq_{name}": config for name, config in PUBLISHED_RQ.items()}
+HQ = {"hq": PUBLISHED_HQ["imagenet_s"]} | {f"hq_{name}": config for name, config in PUBLISHED_HQ.items()}
+TRAINED = {
+    "rq_ffhq_355m": rq_transformer(128, 200),
+    "rq_church_370m": rq_transformer(256, 300),
+    "hq_ffhq": hq_transformer(128, 200),
+    "hq_cc15m": hq_transformer(512, 20, 3e-4),
+}
+
+
 def get_config(words: str = ""):
-    """The recipe named by a size, a condition and an image size (default: gpt_b, c2i, 256)."""
+    """The recipe named by a size, and for LlamaGen's a condition and an image size (default: gpt_b, c2i, 256)."""
+    sizes = {**PUBLISHED, **RQ, **HQ, **WATCHES}
     chosen = read_words(
-        words, flags=("smoke",), size=tuple(PUBLISHED), condition=("c2i", "t2i"), pixels=("256", "384", "512")
+        words, flags=("smoke",), size=tuple(sizes), condition=("c2i", "t2i"), pixels=("256", "384", "512")
     )
-    text = chosen["condition"] == "t2i"
-    prior = dataclasses.replace(
-        PUBLISHED[chosen["size"]], condition="caption" if text else "class", grid=int(chosen["pixels"]) // 16
-    )
+    size = chosen["size"]
+    prior, output = sizes[size], f"runs/prior_{size}"
+    if size in PUBLISHED:
+        text = chosen["condition"] == "t2i"
+        grid = int(chosen["pixels"]) // 16
+        prior = dataclasses.replace(prior, condition="caption" if text else "class", grid=grid)
+        output, train = f"{output}_{chosen['condition']}", llamagen()
+    else:
+        if (chosen["condition"], chosen["pixels"]) != ("c2i", "256"):
+            raise ConfigError(f"the config words t2i, 384 and 512 are for LlamaGen's priors, not for {size}")
+        train = TRAINED.get(size, watch() if size in WATCHES else rq_transformer() if size in RQ else hq_transformer())
     recipe = PriorRecipe(
         prior=prior,
-        data=CodeDataConfig(captions=CAPTIONS if text else ""),
-        train=llamagen(),
-        output=f"runs/prior_{chosen['size']}_{chosen['condition']}",
+        init=PriorInit(tokenizer=TOKENIZER if isinstance(prior, RQTransformerConfig) else ""),
+        data=CodeDataConfig(captions=CAPTIONS if prior.condition in ("caption", "text") else ""),
+        train=train,
+        output=output,
     )
     return config_dict(shrink(recipe) if "smoke" in chosen else recipe)

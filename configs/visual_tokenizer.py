@@ -12,7 +12,7 @@ import dataclasses
 
 from vlm_jax.data.image_options import ImageDataConfig
 from vlm_jax.recipe import config_dict
-from vlm_jax.tokenizer_recipe import TokenizerRecipe, shrink
+from vlm_jax.tokenizer_recipe import TokenizerInit, TokenizerRecipe, shrink
 from vlm_jax.train.tokenizer_options import TokenizerTrainConfig
 from vlm_jax.visual_tokenizers.options import (
     PUBLISHED,
@@ -101,7 +101,7 @@ def unicode() -> TokenizerRecipe:
 def watch(kind: str) -> TokenizerRecipe:
     """Smart-watches of 112 pixels in minutes on two CPU cores: pixels alone, no critic, no perceptual loss, no file."""
     quantizer = {
-        "vq": QuantizerConfig(codes=(1024,), width=8, normalise=True),
+        "vq": QuantizerConfig(codes=(4096,), width=8, normalise=True),
         "rq": QuantizerConfig(kind="rq", codes=(512,), width=16, depth=4, shared=True, restart=True),
         "hq": QuantizerConfig(kind="two_level", codes=(512, 512), width=16, restart=True),
     }[kind]
@@ -113,21 +113,23 @@ def watch(kind: str) -> TokenizerRecipe:
         resolution=112,
         latent=32,
         init_downsample=True,  # the encoder never works at full resolution
+        groups=1,  # 32 groups of one channel would take the mean, and with it the flat colours, out of each
     )
     return TokenizerRecipe(
         tokenizer=TokenizerConfig(autoencoder, quantizer, "taming"),
         critic=CriticConfig("none"),
         adversary=AdversaryConfig(perceptual_weight=0.0),
+        init=TokenizerInit(kernels="lecun"),
         data=ImageDataConfig(size=112, crop="centre", flip=0.0, generated_watches=2000, threads=1),
         train=TokenizerTrainConfig(
-            steps=500,
-            global_batch=8,
+            steps=1600,
+            global_batch=4,
             lr=1e-3,
             clip_norm=1.0,
             schedule="cosine",
             warmup_steps=20,
             log_every=10,
-            save_every=250,
+            save_every=400,
         ),
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.golden_tokenizers import formula
 from vlm_jax.nn.params import merge
-from vlm_jax.visual_tokenizers.priors import gpt, gpt_names
+from vlm_jax.visual_tokenizers.priors import gpt, gpt_names, models
 from vlm_jax.visual_tokenizers.priors.options import GPTConfig, mlp_width
 
 NEAR = 1e-3  # gap of the two largest logits below which either code may be chosen
@@ -44,7 +44,7 @@ def gpt_model(info: dict) -> gpt.GPT:
     config = gpt_config(info)
     tensors = {name: formula(name, tuple(shape), info["weight_seed"]) for name, shape in info["param_shapes"].items()}
     params = gpt_names.read(config, tensors)
-    return merge(gpt.structure(config), {path: jnp.asarray(value) for path, value in params.items()})
+    return merge(models.structure(config), {path: jnp.asarray(value) for path, value in params.items()})
 
 
 def agree_but_for_ties(ours: np.ndarray, theirs: np.ndarray, logits: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from vlm_jax.convert.visual_tokenizer import save_tokenizer
 from vlm_jax.generate.caption_features import caption_features
 from vlm_jax.generate.imagine import ConditionError, conditions, features_of_file, tiled
 from vlm_jax.visual_tokenizers import names
-from vlm_jax.visual_tokenizers.priors import gpt
+from vlm_jax.visual_tokenizers.priors.models import shapes
 from vlm_jax.visual_tokenizers.priors.options import GPTConfig
 
 CLASS = GPTConfig(layers=1, heads=2, kv_heads=2, width=16, mlp=24, codes=24, grid=2, classes=5)
@@ -33,7 +33,7 @@ def models(tmp_path_factory):
     save_tokenizer(folder / "vq", TINY["vq"], *names.read(TINY["vq"], tensors(TINY["vq"])))
     save_tokenizer(folder / "rq", TINY["rq"], *names.read(TINY["rq"], tensors(TINY["rq"])))
     for name, config in (("class", CLASS), ("caption", CAPTION), ("bare", BARE)):
-        params = {path: rng.normal(0, 0.5, s.shape).astype(np.float32) for path, s in gpt.shapes(config).items()}
+        params = {path: rng.normal(0, 0.5, s.shape).astype(np.float32) for path, s in shapes(config).items()}
         save_prior(folder / name, config, params)
     np.savez(folder / "t5.npz", captions=rng.normal(size=(2, 3, 6)), mask=[[1, 1, 0], [1, 1, 1]])
     return folder
@@ -93,12 +93,12 @@ def test_padding_of_captions_moves_to_the_left(models):
     ("flags", "says"),
     [
         ({"classes": "3,x"}, "--classes=3,x must be numbers"),
-        ({"prior": "bare", "classes": "1"}, "cannot be guided"),
+        ({"prior": "bare", "classes": "1", "scale": 2.0}, "cannot be guided"),
         ({"classes": "3,5"}, "--classes names 5, but this prior knows the classes 0 to 4"),
         ({}, "give --classes, e.g. 207,360"),
         ({"classes": "1", "count": 0}, "must be at least 1"),
         ({"classes": "1", "scale": 0.5}, "scale=0.5"),
-        ({"classes": "1", "tokenizer": "rq"}, "codes of several levels or depths"),
+        ({"classes": "1", "tokenizer": "rq"}, "rq has one of 24 codes at each of 3 depths"),
         ({"prior": "vq", "classes": "1"}, "is no prior"),
         ({"prior": "absent", "classes": "1"}, "neither a prior's directory"),
         ({"prior": "caption", "captions": "vq/config.json"}, "cannot be read as an npz"),

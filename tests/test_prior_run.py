@@ -8,22 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.test_config import ROOT, get_config
+from tests.tiny_visual_tokenizers import TINY, tensors
 from vlm_jax import recipe as recipes
 from vlm_jax.__main__ import main
 from vlm_jax.config import ConfigError, to_dict
 from vlm_jax.convert.prior import load_prior
+from vlm_jax.convert.visual_tokenizer import save_tokenizer
 from vlm_jax.data.code_options import CodeDataConfig
 from vlm_jax.data.code_records import Coded, CodesError, write_shard
-from vlm_jax.data.code_rows import Captions, CodeRows, Labels, make_codes, open_sets
+from vlm_jax.data.code_rows import Captions, CodeRows, Labels, Texts, make_codes, open_sets
 from vlm_jax.data.draws import Draws
 from vlm_jax.data.manifest import DataError
 from vlm_jax.data.measuring import Limits
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.parallel.mesh_config import MeshConfig
-from vlm_jax.prior_recipe import PriorRecipe, shrink
+from vlm_jax.prior_recipe import PriorInit, PriorRecipe, shrink
 from vlm_jax.train.prior_command import run_prior_recipe, task_of
 from vlm_jax.train.prior_task import PriorTask, gradients, training_flops
+from vlm_jax.visual_tokenizers import names
+from vlm_jax.visual_tokenizers.priors.hierarchy_options import PUBLISHED_HQ, PUBLISHED_RQ
 from vlm_jax.visual_tokenizers.priors.options import PUBLISHED, GPTConfig
 
 SMOKE = shrink(PriorRecipe())
@@ -80,6 +85,51 @@ def test_the_command_trains_captions(tmp_path):
         task_of(dataclasses.replace(again, prior=dataclasses.replace(again.prior, classes=9, condition="class")))
 
 
+@pytest.mark.parametrize(
+    "words", ["rq_cc3m_654m,smoke", *(pytest.param(w, marks=pytest.mark.long) for w in ("hq_imagenet_level3,smoke",))]
+)
+def test_the_command_trains_hierarchies(tmp_path, words):
+    """Of a text, whose loss is one of the lines; of three levels."""
+    flags = ["--config.train.steps=2", "--config.train.global_batch=16", "--config.train.accum=2"]
+    assert main(["train", f"--config=configs/prior.py:{words}", f"--config.output={tmp_path}", *flags]) == 0
+    lines, config = lines_of(tmp_path), load_prior(tmp_path).config
+    parts = [f"level_{i}" for i in range(3)] if words.startswith("hq") else [f"depth_{i}" for i in range(4)] + ["text"]
+    assert len(lines) == 2 and set(parts) <= lines[0].keys()
+    assert [n for n, _ in config.levels_of_codes] == ([64] * 3 if words.startswith("hq") else [64])
+
+
+def test_what_a_hierarchy_needs(tmp_path):
+    """The codebook that made the codes, of the right shape."""
+    rq = shrink(PriorRecipe(PUBLISHED_RQ["ffhq_355m"], PriorInit(tokenizer="somewhere")))
+    with pytest.raises(ConfigError, match="init.tokenizer is empty: this RQ-Transformer reads the codebook"):
+        dataclasses.replace(rq, init=PriorInit())
+    for kind, says in (
+        ("rq", r"has a codebook \[24, 8\], but this prior needs prior.codes=64"),
+        ("hq", "has no residual codebook"),
+    ):
+        save_tokenizer(tmp_path / kind, TINY[kind], *names.read(TINY[kind], tensors(TINY[kind])))
+        with pytest.raises(ConfigError, match=says):
+            task_of(dataclasses.replace(rq, init=PriorInit(tokenizer=str(tmp_path / kind))))
+    with pytest.raises(ConfigError, match="prior.condition=text needs data.captions"):
+        PriorRecipe(PUBLISHED_HQ["cc15m"])
+    with pytest.raises(ConfigError, match="t2i, 384 and 512 are for LlamaGen's priors, not for hq"):
+        get_config(ROOT / "configs" / "prior.py")("hq,t2i")
+
+
+def test_texts_are_cut_and_padded(tmp_path):
+    for name, tokens in zip(IDS, ([3, 1, 2, 4], [5], [9], [[1]])):
+        file = (tmp_path / name).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.array(tokens))
+    known = Texts(IDS, CodeDataConfig(captions=str(tmp_path)), 3, 9)
+    rows = [known.of(n, Draws(0, 0, n))["labels"].tolist() for n in range(2)]
+    assert rows == [[3, 1, 2], [5, 0, 0]]
+    with pytest.raises(DataError, match="tokens up to 9, but the prior's vocabulary is 0 to 8"):
+        known.of(2, Draws(0, 0, 2))
+    with pytest.raises(DataError, match="a text is integers"):
+        known.of(3, Draws(0, 0, 3))
+
+
 def test_micro_batches_give_the_gradient_of_the_batch():
     still = dataclasses.replace(SMOKE.prior, condition_dropout=0, token_dropout=0, residual_dropout=0, mlp_dropout=0)
     recipe, rng = dataclasses.replace(SMOKE, prior=still), np.random.RandomState(0)
@@ -126,19 +176,20 @@ def codes_file(path, ids, grid=2, entries=9, job="a"):
     return str(path)
 
 
+TWO = ((9, (2, 2)),)  # a table of 9 codes, 2 x 2 of them
 IDS = ["cat/1.png", "ant/2.png", "cat/3.png", "bee/4.png"]
 
 
 def test_rows_show_every_image_in_one_of_its_views(tmp_path):
     paths = [codes_file(tmp_path / f"{job}.arrayrecord", IDS, job=job) for job in "ab"]
-    sets, ids = open_sets(paths, 9, 2)
+    sets, ids = open_sets(paths, TWO)
     rows = CodeRows(sets, ids, Labels(ids, "", 3), epochs=40)
     assert len(rows) == 160
     for epoch in range(2):
         assert sorted(int(rows.records_of(4 * epoch + k)[0]) for k in range(4)) == [0, 1, 2, 3]
     found = [(int(rows.records_of(k)[0]), rows[k]) for k in range(160)]
     assert {(n, int(row["labels"])) for n, row in found} == {(0, 2), (1, 0), (2, 2), (3, 1)}
-    assert {int(row["codes"][0]) - n for n, row in found} == {0, 1, 2} and found[0][1]["codes"].shape == (4,)
+    assert {int(row["codes"][0, 0]) - n for n, row in found} == {0, 1, 2} and found[0][1]["codes"].shape == (2, 2)
     (tmp_path / "labels.json").write_text(json.dumps({"cat": 7, "ant": 1, "bee/4.png": 2}))
     np.testing.assert_array_equal(Labels(ids, str(tmp_path / "labels.json"), 8).numbers, [7, 1, 7, 2])
 
@@ -173,14 +224,14 @@ def test_codes_that_do_not_fit(tmp_path):
     other = codes_file(tmp_path / "b.arrayrecord", ["dog/1.png", *IDS[1:]], job="b")
     bare = codes_file(tmp_path / "c.arrayrecord", ["1.png"], job="c")
     for how, says in (
-        (((), 9, 2), "data.codes is empty"),
-        (((a,), 9, 3), "prior.grid=3 needs 3 x 3"),
-        (((a,), 10, 2), "a table of 9, but prior.codes=10"),
-        (((a, bare), 9, 2), "must be the same images"),
+        (((), TWO), "data.codes is empty"),
+        (((a,), ((9, (3, 3)),)), "codes of 2 x 2, but this prior needs 3 x 3"),
+        (((a,), ((10, (2, 2)),)), "a table of 9, but prior.codes is 10"),
+        (((a, bare), TWO), "must be the same images"),
     ):
         with pytest.raises(ConfigError, match=says):
             open_sets(*how)
-    sets, ids = open_sets((a, other), 9, 2)
+    sets, ids = open_sets((a, other), TWO)
     rows = CodeRows(sets, ids, Labels(ids, "", 9), epochs=9)
     with pytest.raises(CodesError, match="must be of the same images"):
         [rows[k] for k in range(len(rows))]
@@ -200,8 +251,8 @@ def test_made_up_codes_are_the_same_each_time(tmp_path):
     data = CodeDataConfig(generated=6)
     rows = []
     for folder in "ab":
-        made = make_codes(tmp_path / folder, data, 64, 4, 8, None)
-        sets, ids = open_sets(made.codes, 64, 4)
+        made = make_codes(tmp_path / folder, data, ((64, (4, 4)),), 8, None)
+        sets, ids = open_sets(made.codes, ((64, (4, 4)),))
         rows.append(CodeRows(sets, ids, Labels(ids, "", 8)))
     assert rows[0].identity() == rows[1].identity()
     for k in range(6):

@@ -18,7 +18,7 @@ from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.parallel.mesh_config import MeshConfig
 from vlm_jax.train.prior_loss import gpt_loss
-from vlm_jax.visual_tokenizers.priors import gpt, gpt_names, sampling
+from vlm_jax.visual_tokenizers.priors import gpt_names, models, sampling
 from vlm_jax.visual_tokenizers.priors.gpt_sampling import sample, sampler
 from vlm_jax.visual_tokenizers.priors.options import PUBLISHED, GPTConfig, Sampling
 
@@ -33,11 +33,11 @@ KINDS = {"class": TINY, "caption": CAPTION}
 def params_of(config):
     """Random parameters with a head that is not zero, so that codes differ."""
     rng = np.random.RandomState(0)
-    return {path: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32) for path, s in gpt.shapes(config).items()}
+    return {path: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32) for path, s in models.shapes(config).items()}
 
 
 def model_of(config, params=None):
-    return merge(gpt.structure(config), params_of(config) if params is None else params)
+    return merge(models.structure(config), params_of(config) if params is None else params)
 
 
 @functools.cache
@@ -164,7 +164,7 @@ def test_filters_agree_with_those_of_text(how):
 def test_conditions_are_dropped_and_the_rest_is_the_loss_of_no_condition():
     always = dataclasses.replace(TINY, condition_dropout=0.999, token_dropout=0, residual_dropout=0, mlp_dropout=0)
     (labels, _), codes = inputs(TINY), codes_of(TINY)
-    model = merge(gpt.structure(always), params_of(TINY))
+    model = merge(models.structure(always), params_of(TINY))
     loss = jax.jit(lambda labels, key: gpt_loss(model, {"codes": codes, "labels": labels}, key).loss)
     dropped, kept, nothing = (
         loss(labels, jax.random.key(0)),
@@ -217,7 +217,7 @@ def test_loss_and_codes_do_not_depend_on_the_mesh():
     (wanted, _), grads = losses(CAPTION)(params, batch, jax.random.key(1))
     codes = sampler(CAPTION, how)(params, batch["captions"], keys, batch["caption_mask"])
     with rules.use(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        where = gpt.shardings(CAPTION)
+        where = models.shardings(CAPTION)
         assert not where["blocks/mlp/up/kernel"].is_fully_replicated
         params = {path: jax.device_put(x, where[path]) for path, x in params.items()}
         losses.cache_clear()
@@ -231,7 +231,7 @@ def test_loss_and_codes_do_not_depend_on_the_mesh():
 
 
 def test_a_new_prior_knows_nothing():
-    params = gpt.init(TINY, 0)
+    params = models.init(TINY, 0)
     assert {path: x.shape for path, x in params.items()} == {path: x.shape for path, x in params_of(TINY).items()}
     assert not params["head/kernel"].any() and params["embed/embedding"].std() == pytest.approx(0.02, rel=0.1)
     assert params["blocks/attn/q/kernel"].std() == pytest.approx(0.02, rel=0.1)
@@ -244,7 +244,7 @@ def test_checkpoints_leave_as_they_came(kind):
     assert {e.key: e.shape for e in gpt_names.entries(config)} == {k: v.shape for k, v in tensors.items()}
     jax.tree.map(np.testing.assert_array_equal, gpt_names.read(config, tensors), dict(params))
     found = gpt_names.config_of({k: v.shape for k, v in tensors.items()}, grid=4, heads=4)
-    assert gpt.shapes(found) == gpt.shapes(config)
+    assert models.shapes(found) == models.shapes(config)
     missing = {k: v for k, v in tensors.items() if k != "layers.1.attention.wqkv.weight"}
     with pytest.raises(ConfigError, match="no tensor layers.1.attention.wqkv.weight"):
         gpt_names.read(config, missing)
@@ -256,7 +256,7 @@ def test_checkpoints_leave_as_they_came(kind):
 
 def test_published_sizes():
     """Parameters as the paper's tables round them (in millions)."""
-    counts = {name: sum(np.prod(s.shape) for s in gpt.shapes(c).values()) / 1e6 for name, c in PUBLISHED.items()}
+    counts = {name: sum(np.prod(s.shape) for s in models.shapes(c).values()) / 1e6 for name, c in PUBLISHED.items()}
     wanted = {"gpt_b": 111, "gpt_l": 343, "gpt_xl": 775, "gpt_xxl": 1411, "gpt_xxxl": 3900, "gpt_3b": 3097}
     for name, millions in wanted.items():
         assert abs(counts[name] / millions - 1) < 0.01, f"{name} has {counts[name]:.0f} million parameters"
@@ -285,6 +285,6 @@ def test_draws_that_cannot_be_made(wrong):
 
 def test_a_prior_without_dropped_conditions_cannot_be_guided():
     config = dataclasses.replace(TINY, condition_dropout=0)
-    assert gpt.shapes(config)["condition/table/embedding"].shape == (10, 32)
+    assert models.shapes(config)["condition/table/embedding"].shape == (10, 32)
     with pytest.raises(ConfigError, match="cannot be guided"):
-        sample(gpt.abstract(config), jnp.zeros(1, int), keys_of(1), how=Sampling(scale=2.0))
+        sample(models.abstract(config), jnp.zeros(1, int), keys_of(1), how=Sampling(scale=2.0))

@@ -20,7 +20,7 @@ from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.parallel.mesh_config import MeshConfig
 from vlm_jax.visual_tokenizers.bottlenecks import bottleneck
 from vlm_jax.visual_tokenizers.options import QuantizerConfig
-from vlm_jax.visual_tokenizers.priors import hierarchy
+from vlm_jax.visual_tokenizers.priors import models
 from vlm_jax.visual_tokenizers.priors.hierarchy_loss import cross_entropy, hq_losses, rq_losses
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import PUBLISHED_HQ, PUBLISHED_RQ, StackConfig
 from vlm_jax.visual_tokenizers.priors.hierarchy_sampling import sampler
@@ -80,6 +80,30 @@ def test_the_loop_with_caches_draws_what_the_whole_pass_says(kind):
         np.testing.assert_array_equal(one, other, err_msg=f"level {level}")
 
 
+@pytest.mark.parametrize("kind", ["rq", "hq_bidirectional"])
+def test_guidance_draws_what_both_whole_passes_say(kind):
+    """Greedy codes of guided logits; behind the first two positions (interval 0) those of the condition alone."""
+    config, keys = dataclasses.replace(KINDS[kind], condition_dropout=0.1), keys_of(3)
+    params, condition, scale = params_of(config), condition_of(config).reshape(-1), 3.0
+    how = Sampling(temperature=0.0, scale=scale, interval=0)
+    codes = sampler(config, how)(params, keys, condition, table_of(config))
+
+    @jax.jit
+    def both(params):
+        nothing = jnp.full(3, config.numbers)
+        return [slots(config, forward(config, params, codes, c).image) for c in (condition, nothing)]
+
+    changed = False
+    for (given, nothing), found in zip(zip(*both(params)), slots(config, codes), strict=True):
+        guided = nothing[:, :2] + scale * (given[:, :2] - nothing[:, :2])
+        np.testing.assert_array_equal(found[:, :2], guided.argmax(-1))
+        np.testing.assert_array_equal(found[:, 2:], given[:, 2:].argmax(-1))
+        changed |= bool((guided.argmax(-1) != given[:, :2].argmax(-1)).any())
+    assert changed
+    with pytest.raises(ConfigError, match="guidance leads away from no condition"):
+        sampler(config, how)(params, keys, None, table_of(config))
+
+
 def test_an_image_depends_on_its_own_key_and_condition_only():
     config, keys = KINDS["hq_text"], keys_of(3)
     condition = condition_of(config)
@@ -112,7 +136,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients():
     unread = {path for path, gradient in wanted.items() if not np.any(gradient)}
     assert unread == {"head_tokens_1/embedding"}  # that of the finest level: its codes are drawn last
     with on_mesh():
-        where = hierarchy.shardings(config)
+        where = models.shardings(config)
         placed = {path: jax.device_put(x, where[path]) for path, x in params.items()}
         step = jax.jit(jax.value_and_grad(functools.partial(loss_of, config)))
         found, grads = step(placed, *jax.tree.map(spread, rows))
@@ -127,7 +151,7 @@ def test_a_mesh_changes_no_codes():
     condition = condition_of(config, 4)
     alone = drawn(config, keys, condition)
     with on_mesh():
-        where = hierarchy.shardings(config)
+        where = models.shardings(config)
         placed = {path: jax.device_put(x, where[path]) for path, x in params_of(config).items()}
         draw_them = sampler(config, HOW[: config.draws])
         together = draw_them(placed, spread(keys), spread(condition), table_of(config))
@@ -136,9 +160,7 @@ def test_a_mesh_changes_no_codes():
 
 def test_a_new_model_knows_nothing_and_dropout_is_another_with_every_key():
     config = dataclasses.replace(KINDS["rq"], dropout=0.2)
-    loss = jax.jit(
-        functools.partial(loss_of, config, hierarchy.init(config, 0), codes_of(config), condition_of(config))
-    )
+    loss = jax.jit(functools.partial(loss_of, config, models.init(config, 0), codes_of(config), condition_of(config)))
     first, again, other = (float(loss(jax.random.key(seed))) for seed in (0, 0, 1))
     assert first == again != other
     assert abs(first - math.log(config.codes)) < 0.05
@@ -209,14 +231,14 @@ def test_local_codes_are_those_below_a_top_code():
 
 @pytest.mark.parametrize("name", PUBLISHED_RQ)
 def test_published_sizes(name):
-    count = sum(math.prod(s.shape) for s in hierarchy.shapes(PUBLISHED_RQ[name]).values())
+    count = sum(math.prod(s.shape) for s in models.shapes(PUBLISHED_RQ[name]).values())
     assert abs(count / (int(name.split("_")[1].removesuffix("m")) * 1e6) - 1) < 0.02
 
 
 @pytest.mark.parametrize("name", PUBLISHED_HQ)
 def test_published_hq_models_can_be_made(name):
     config = PUBLISHED_HQ[name]
-    made = hierarchy.shapes(config)
+    made = models.shapes(config)
     assert made["body/blocks/mlp/up/kernel"].shape == (config.body.layers, config.body.width, 4 * config.body.width)
 
 
@@ -230,6 +252,10 @@ def test_published_hq_models_can_be_made(name):
         (lambda: RQ(head=StackConfig(0, 16, 2)), "prior.head.layers=0 must be at least 1"),
         (lambda: RQ(depth=0), "prior.depth=0 must be at least 1"),
         (lambda: RQ(conditions=1, condition_tokens=4), "prior.condition_tokens > 1 needs prior.conditions"),
+        (
+            lambda: HQ(condition="none", condition_dropout=0.1),
+            "takes classes away, but this prior has none (condition none)",
+        ),
         (lambda: HQ(grid=3), "prior.positions=4 must be at least prior.grid^2=9"),
         (lambda: HQ(codes=(9,)), "prior.codes=(9,) needs two or three positive numbers"),
         (lambda: HQ(codes=(9, 9, 9)), "prior.weights=(1.0, 4.0) needs one number per level"),
@@ -273,7 +299,7 @@ def test_arrays_that_do_not_fit(kind, codes, condition, says):
 @pytest.mark.parametrize(
     ("kind", "how", "condition", "says"),
     [
-        ("rq", Sampling(scale=2.0), [[0]], "not trained for guidance: use scale=1"),
+        ("rq", Sampling(scale=2.0), [[0]], "trained without prior.condition_dropout: it cannot be guided, use scale=1"),
         ("rq", (Sampling(),) * 3, [[0]], "3 ways to draw codes were given, but this prior has 2 depths or levels"),
         ("rq", Sampling(), [[5]], "condition 5 is unknown: this prior knows 0 to 4"),
         ("hq_bidirectional", Sampling(), [-1], "condition -1 is unknown: this prior knows 0 to 4"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.nn.params import merge
-from vlm_jax.visual_tokenizers.priors import hierarchy
+from vlm_jax.visual_tokenizers.priors import models
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import HQTransformerConfig, RQTransformerConfig, StackConfig
 
 ONE = {"body": StackConfig(1, 16, 2), "head": StackConfig(1, 16, 4)}
@@ -42,7 +42,7 @@ def is_rq(config) -> bool:
 def params_of(config):
     """Random parameters that are large enough for codes to differ: norms around 1, all else N(0, 0.4^2)."""
     rng = np.random.RandomState(0)
-    made = {k: 0.4 * rng.normal(size=s.shape) + k.endswith("scale") for k, s in hierarchy.shapes(config).items()}
+    made = {k: 0.4 * rng.normal(size=s.shape) + k.endswith("scale") for k, s in models.shapes(config).items()}
     return {k: jnp.asarray(v, jnp.float32) for k, v in made.items()}
 
 
@@ -79,5 +79,5 @@ def table_of(config):
 
 def forward(config, params, codes, condition):
     """Logits by teacher forcing."""
-    model = merge(hierarchy.structure(config), params)
+    model = merge(models.structure(config), params)
     return model(codes, table_of(config), condition) if is_rq(config) else model(codes, condition)

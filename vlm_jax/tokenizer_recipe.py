@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, one_of
 from vlm_jax.data.image_options import ImageDataConfig
 from vlm_jax.parallel.mesh_config import MeshConfig
 from vlm_jax.train.tokenizer_options import TokenizerTrainConfig
 from vlm_jax.visual_tokenizers.options import AdversaryConfig, CriticConfig, TokenizerConfig
+
+KERNELS = ("torch", "lecun")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,10 @@ class TokenizerInit:
     lpips: str = ""
     llm: str = ""
     random: bool = False
+    kernels: str = "torch"
+
+    def __post_init__(self):
+        one_of("init.kernels", self.kernels, KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from vlm_jax.convert.hierarchical_prior import hq_config, rq_config
 from vlm_jax.nn.params import merge
 from vlm_jax.visual_tokenizers.bottlenecks import bottleneck
 from vlm_jax.visual_tokenizers.codebook import TABLE
-from vlm_jax.visual_tokenizers.priors import hierarchy, hierarchy_names
+from vlm_jax.visual_tokenizers.priors import hierarchy_names, models
 from vlm_jax.visual_tokenizers.priors.hierarchy_loss import cross_entropy, hq_losses, rq_losses
 from vlm_jax.visual_tokenizers.priors.hierarchy_sampling import sampler
 from vlm_jax.visual_tokenizers.priors.hq_transformer import to_local
@@ -37,12 +37,12 @@ def quick_compilation():
 def _model(config, tensors):
     """(structure, parameters) of a golden's weights, which go back under their names as they came."""
     params = hierarchy_names.read(config, tensors)
-    assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in hierarchy.shapes(config).items()}
+    assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in models.shapes(config).items()}
     written = hierarchy_names.write(config, params)
     assert written.keys() == tensors.keys()
     for key, value in tensors.items():
         np.testing.assert_array_equal(written[key], value, err_msg=key)
-    return hierarchy.structure(config), jax.tree.map(jnp.asarray, params)
+    return models.structure(config), jax.tree.map(jnp.asarray, params)
 
 
 def _keys(rows):

@@ -7,6 +7,8 @@ convert --from ADAPTER_DIR --base BASE_DIR --merge --to HF_DIR
 convert --from ADAPTER_DIR --base BASE_DIR --to ADAPTER_DIR [--names hf|llava|sq_llava]
 convert --from DELTA_DIR --base BASE_DIR --delta apply --to LLAVA_DIR        (and --delta make)
 convert --from vq_ds16_c2i.pt --to DIR [--config_name vq16]                   (visual tokenizers)
+convert --from c2i_B_256.pt --grid 16 --to DIR                                (priors over their codes)
+convert --from HQ_TRANSFORMER_DIR --extract prior --to DIR                    (which also holds its tokenizer)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vlm_jax.config import one_of
-from vlm_jax.convert import visual_tokenizer
+from vlm_jax.convert import prior, visual_tokenizer
 from vlm_jax.convert.delta import SIGNS, convert_delta
 from vlm_jax.convert.manifest import read_manifest
 from vlm_jax.convert.merge import merged, open_adapted
@@ -46,6 +48,14 @@ def convert(**flags: str) -> int:
             "convert needs --from: the LLaVA directory, or the language model of one put together with --vision"
         )
     source, target = flags.pop("from"), flags.pop("to")
+    wanted = flags.get("extract")
+    if wanted == "prior" or prior.is_prior(source):
+        return prior.convert_prior(
+            source, target, **{name: x for name, x in flags.items() if (name, x) != ("extract", "prior")}
+        )
+    useless = next((name for name in ("grid", "heads") if flags.pop(name, 0)), None)
+    if useless:
+        raise CheckpointError(f"{source} is no prior over codes: --{useless} has no meaning for it")
     if visual_tokenizer.is_tokenizer(source):
         return visual_tokenizer.convert_tokenizer(source, target, **flags)
     if "config_name" in flags:

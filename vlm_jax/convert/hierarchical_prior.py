@@ -20,8 +20,8 @@ from vlm_jax.config import ConfigError
 from vlm_jax.convert.tensors import CheckpointError, Tensor, full
 from vlm_jax.convert.torch_pickle import load
 from vlm_jax.visual_tokenizers.priors import hierarchy_names
-from vlm_jax.visual_tokenizers.priors.hierarchy import Config
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import HQTransformerConfig, RQTransformerConfig, StackConfig
+from vlm_jax.visual_tokenizers.priors.models import Config
 
 Settings = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def load_prior(
     """
     path = Path(path)
     if config is None:
-        config = _settings(path)
+        config = _config_beside(path)
     found = load(path, objects=True)
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} is not the checkpoint of a prior: it holds no state dict")
@@ -49,7 +49,21 @@ def load_prior(
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _settings(path: Path) -> Config:
+def weight_file(folder: Path) -> Path | None:
+    """The weight file of an original program's folder, told by its config.yaml; None where there is none."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    names = ("model.pt", "ckpt/state_dict.ckpt", "ckpt/last.ckpt")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def is_one(tensors: Mapping[str, Any]) -> bool:
+    """Whether a state dict is of an RQ- or HQ-Transformer, by its names."""
+    names = {key.removeprefix("stage2.") for key in tensors}
+    return "head_transformer.blocks.0.ln1.weight" in names or {"sos_depth", "depths.0.ln1.weight"} <= names
+
+
+def _config_beside(path: Path) -> Config:
     for file in (folder / "config.yaml" for folder in (path.parent, path.parent.parent)):
         if file.is_file():
             try:
@@ -63,7 +77,9 @@ def _settings(path: Path) -> Config:
                 ) from error
             except ConfigError as error:
                 raise CheckpointError(f"{file}: {error}") from error
-    raise CheckpointError(f"{path} has no config.yaml in its folder or the one above: put it there, or give a config")
+    raise CheckpointError(
+        f"{path} has no config.yaml in its folder or the one above: put that of its training there, which says what it is"
+    )
 
 
 def config_of(settings: Settings) -> Config:

@@ -1,15 +1,17 @@
 """Codes of images as rows, with a class or a caption: what `pipeline.Batches` reads for priors.
 
     row k   image order_e[k mod N] of epoch e = k // N, its set and view drawn by (seed, e, image)
-            {"codes": int32 [h w], "labels": int32 []}  or  {"codes", "captions": float32 [S, C], "caption_mask": bool [S]}
+            {"codes": int32 [h, w(, depth)]}, of several levels "codes_0" (coarsest), "codes_1" ..., and beside them
+            nothing, "labels": int32 [] or [tokens of a text], or "captions": float32 [S, C] with "caption_mask": bool [S]
 
-Captions are padded with zeros on the left, as LlamaGen was trained.
+Captions are padded with zeros on the left, as LlamaGen was trained; texts are cut, or padded with token 0 at the end.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -25,15 +27,19 @@ from vlm_jax.data.manifest import DataError
 from vlm_jax.data.measuring import Limits
 from vlm_jax.data.packing import permutation
 
+Levels = Sequence[tuple[int, tuple[int, ...]]]
+
 SET, VIEW, SHORT = range(3)  # what the draws of a row are for
 
 
 class Labels:
-    """Classes of images: of the file data.labels, or the numbers of their folders; classes: how many the prior knows."""
+    """Classes of images: of the file data.labels, or the numbers of their folders. classes: how many the prior knows; with 1 all
+    images are of it.
+    """
 
     def __init__(self, ids: Sequence[str], file: str, classes: int):
         self.skipped: list[str] = []
-        known = _read_labels(file) if file else _folders(ids)
+        known = _read_labels(file) if file else dict.fromkeys(ids, 0) if classes == 1 else _folders(ids)
         found = [known.get(name, known.get(_folder(name))) for name in ids]
         lost = next((name for name, label in zip(ids, found) if label is None), None)
         if lost is not None:
@@ -52,11 +58,22 @@ class Labels:
         return {"labels": self.numbers[number]}
 
 
-class Captions:
-    """Features of captions in folders; `usable` images have one. slots, width: what the prior takes of each."""
+class Unlabelled:
+    """Images of a prior that knows no condition."""
 
-    def __init__(self, ids: Sequence[str], data: CodeDataConfig, slots: int, width: int):
-        self._ids, self._data, self._shape = ids, data, (slots, width)
+    def __init__(self, ids: Sequence[str]):
+        self.usable, self.skipped = np.arange(len(ids)), []
+
+    def of(self, number: int, draws: Draws) -> dict[str, np.ndarray]:
+        """What row arrays an image has beside its codes."""
+        return {}
+
+
+class _Files:
+    """One .npy for each image in folders; `usable` images have one."""
+
+    def __init__(self, ids: Sequence[str], data: CodeDataConfig):
+        self._ids, self._data = ids, data
         there = np.array([self._file(data.captions, number).is_file() for number in range(len(ids))], bool)
         self.usable = np.flatnonzero(there)
         self.skipped = [
@@ -66,17 +83,28 @@ class Captions:
     def _file(self, folder: str, number: int) -> Path:
         return Path(folder) / PurePosixPath(self._ids[number]).with_suffix(".npy")
 
-    def of(self, number: int, draws: Draws) -> dict[str, np.ndarray]:
-        """What row arrays an image has beside its codes."""
+    def _load(self, number: int, draws: Draws) -> tuple[Path, np.ndarray]:
         file, data = self._file(self._data.captions, number), self._data
         if data.short_captions and draws.uniform(SHORT) < data.short_share:
             short = self._file(data.short_captions, number)
             file = short if short.is_file() else file
-        slots, width = self._shape
         try:
-            features = np.load(file)
+            return file, np.load(file)
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read as an npy file ({error}): write the features again") from error
+
+
+class Captions(_Files):
+    """Features of captions. slots, width: what the prior takes of each."""
+
+    def __init__(self, ids: Sequence[str], data: CodeDataConfig, slots: int, width: int):
+        super().__init__(ids, data)
+        self._shape = slots, width
+
+    def of(self, number: int, draws: Draws) -> dict[str, np.ndarray]:
+        """What row arrays an image has beside its codes."""
+        slots, width = self._shape
+        file, features = self._load(number, draws)
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
         if features.ndim != 2 or features.shape[1] != width or not len(features):
             raise DataError(f"{file} has shape {features.shape}, but features of a caption are [n, {width}] here")
@@ -84,6 +112,27 @@ class Captions:
         values, mask = np.zeros((slots, width), np.float32), np.zeros(slots, bool)
         values[slots - len(kept) :], mask[slots - len(kept) :] = kept, True
         return {"captions": values, "caption_mask": mask}
+
+
+class Texts(_Files):
+    """Texts as numbers. slots, vocabulary: what the prior takes of each."""
+
+    def __init__(self, ids: Sequence[str], data: CodeDataConfig, slots: int, vocabulary: int):
+        super().__init__(ids, data)
+        self._slots, self._vocabulary = slots, vocabulary
+
+    def of(self, number: int, draws: Draws) -> dict[str, np.ndarray]:
+        """What row arrays an image has beside its codes."""
+        file, tokens = self._load(number, draws)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
+            raise DataError(f"{file} is {tokens.dtype} of shape {tokens.shape}, but a text is integers [n] here")
+        if tokens.min() < 0 or tokens.max() >= self._vocabulary:
+            raise DataError(
+                f"{file} has tokens up to {tokens.max()}, but the prior's vocabulary is 0 to {self._vocabulary - 1}"
+            )
+        labels = np.zeros(self._slots, np.int32)
+        labels[: len(tokens)] = tokens[: self._slots]
+        return {"labels": labels}
 
 
 class CodeRows:
@@ -96,7 +145,7 @@ class CodeRows:
         self,
         sets: Sequence[Codes],
         ids: Sequence[str],
-        known: Labels | Captions,
+        known: Labels | Captions | Texts | Unlabelled,
         *,
         epochs: int = 1,
         least_rows: int = 0,
@@ -129,9 +178,9 @@ class CodeRows:
                 f"data.codes: image {number} is {self.ids[number]} in the first file, {coded.id} in number {chosen + 1}: they must "
                 "be of the same images"
             )
-        views = coded.codes[0]
-        codes = views[draws.integer(VIEW, 0, len(views) - 1)].reshape(-1)
-        return {"codes": codes, **self.known.of(number, draws)}
+        view = draws.integer(VIEW, 0, len(coded.codes[0]) - 1)
+        codes = dict(zip(code_keys(len(coded.codes)), (level[view] for level in coded.codes)))
+        return codes | self.known.of(number, draws)
 
     def counts(self) -> dict[str, int]:
         """What is not trained on, for the metrics."""
@@ -147,18 +196,24 @@ class CodeRows:
         return {"seed": self.seed, "sources": {}, "packing": said, "mixture": {}, "encoder": "", "settings": {}}
 
 
-def open_sets(paths: Sequence[str], entries: int, grid: int) -> tuple[list[Codes], list[str]]:
-    """(codes of each path, names of their images), where all are of `entries` codes on a grid of grid x grid."""
+def code_keys(levels: int) -> tuple[str, ...]:
+    """What a row calls the codes of each level, coarsest first."""
+    return ("codes",) if levels == 1 else tuple(f"codes_{level}" for level in range(levels))
+
+
+def open_sets(paths: Sequence[str], levels: Levels) -> tuple[list[Codes], list[str]]:
+    """(codes of each path, names of their images), where all have these (entries of the codebook, shape) per level."""
     if not paths:
         raise ConfigError("data.codes is empty: name what `tokenize` wrote, e.g. codes.arrayrecord")
     sets = [open_codes(path) for path in paths]
     for path, codes in zip(paths, sets):
-        levels = codes.about["levels"]
-        if len(levels) != 1 or levels[0]["shape"] != [grid, grid]:
-            shapes = " and ".join(" x ".join(map(str, level["shape"])) for level in levels)
-            raise ConfigError(f"{path} has codes of {shapes}, but prior.grid={grid} needs {grid} x {grid}")
-        if levels[0]["entries"] != entries:
-            raise ConfigError(f"{path} has codes of a table of {levels[0]['entries']}, but prior.codes={entries}")
+        there = [(level["entries"], tuple(level["shape"])) for level in codes.about["levels"]]
+        if [shape for _, shape in there] != [shape for _, shape in levels]:
+            found, needed = (" and ".join(" x ".join(map(str, s)) for _, s in x) for x in (there, levels))
+            raise ConfigError(f"{path} has codes of {found}, but this prior needs {needed}: see prior.grid")
+        if there != list(levels):
+            found, needed = (" and ".join(str(n) for n, _ in x) for x in (there, levels))
+            raise ConfigError(f"{path} has codes of a table of {found}, but prior.codes is {needed}")
         if len(codes) != len(sets[0]):
             raise ConfigError(
                 f"{path} has codes of {len(codes)} images, {paths[0]} of {len(sets[0])}: they must be the same images"
@@ -167,29 +222,34 @@ def open_sets(paths: Sequence[str], entries: int, grid: int) -> tuple[list[Codes
 
 
 def make_codes(
-    folder: Path, data: CodeDataConfig, entries: int, grid: int, classes: int, caption: tuple[int, int] | None
+    folder: Path, data: CodeDataConfig, levels: Levels, classes: int, caption: tuple[int, int] | None
 ) -> CodeDataConfig:
     """Codes of data.generated images that follow from their class but for a little noise; returns the config that reads them.
 
-    caption: (slots, width) of features to be made up, None for none.
+    levels: (entries of the codebook, shape) of each. caption: (slots, width) of what is made up for a caption, features or (width 0)
+    tokens; None for none.
     """
     rng, folder = np.random.default_rng(data.seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    classes, place, images = min(classes, 4), np.arange(grid * grid), []
+    classes, images = min(classes, 4), []
     for number in range(data.generated):
-        label = number % classes
-        noise = rng.integers(0, entries, grid * grid) * (rng.random(grid * grid) < 0.05)
-        codes = ((label * 7 + place) % entries + noise) % entries
-        images.append(
-            Coded(f"{label:03d}/{number:06d}.png", (codes.reshape(1, grid, grid).astype(np.int32),), (grid, grid))
-        )
+        label, codes = number % classes, []
+        for entries, shape in levels:
+            size = math.prod(shape)
+            noise = rng.integers(0, entries, size) * (rng.random(size) < 0.05)
+            found = ((label * 7 + np.arange(size)) % entries + noise) % entries
+            codes.append(found.reshape(1, *shape).astype(np.int32))
+        images.append(Coded(f"{label:03d}/{number:06d}.png", tuple(codes), levels[-1][1][:2]))
         if caption:
-            features = np.full((1 + label % caption[0], caption[1]), label / classes, np.float32)
+            length = 1 + label % caption[0]
+            features = (
+                np.full((length, caption[1]), label / classes, np.float32) if caption[1] else np.full(length, label)
+            )
             file = folder / "captions" / f"{label:03d}" / f"{number:06d}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, features)
     about = {
-        "levels": [{"entries": entries, "shape": [grid, grid]}],
+        "levels": [{"entries": entries, "shape": list(shape)} for entries, shape in levels],
         "dtype": "int32",
         "hash": "",
         "model": "generated",

@@ -1,6 +1,6 @@
 """`python -m vlm_jax imagine`: pictures from a prior over the codes of a visual tokenizer.
 
-    OUT/00000_207.png ...    one picture per condition and number, named by class or by the caption's number
+    OUT/00000_207.png ...    one picture per condition and number, named by class or by the caption's number (00000.png without any)
     OUT/grid.png             the first of them, one condition per row
     OUT/samples.json         {"images": [{"file", "class" or "caption"}, ...], "sampling": {...}, "seed": 0}
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +23,21 @@ from tqdm import tqdm
 
 from vlm_jax.config import ConfigError, UserError
 from vlm_jax.convert.prior import Prior, load_prior
+from vlm_jax.convert.visual_tokenizer import load_tokenizer
 from vlm_jax.generate.caption_features import caption_features
 from vlm_jax.generate.load import usual_dtype, usual_mesh
-from vlm_jax.generate.visual_codes import VisualCoder
+from vlm_jax.generate.visual_codes import VisualCoder, levels_of
 from vlm_jax.parallel import hosts, rules
-from vlm_jax.visual_tokenizers.priors import gpt
-from vlm_jax.visual_tokenizers.priors.gpt_sampling import check_guidance, sampler
+from vlm_jax.visual_tokenizers.codebook import TABLE
+from vlm_jax.visual_tokenizers.options import TokenizerConfig
+from vlm_jax.visual_tokenizers.priors import gpt_sampling, hierarchy_sampling, models
+from vlm_jax.visual_tokenizers.priors.hierarchy_options import RQTransformerConfig
+from vlm_jax.visual_tokenizers.priors.models import Config
 from vlm_jax.visual_tokenizers.priors.options import GPTConfig, Sampling
+from vlm_jax.visual_tokenizers.priors.sampling import check_guidance
 
 SHOWN, GAP = 64, 2  # pictures of the grid, white pixels between them
+SCALE = 4.0  # of guidance where none is given
 
 
 class ConditionError(UserError):
@@ -39,8 +45,8 @@ class ConditionError(UserError):
 
 
 class Conditions(NamedTuple):
-    """One per row: values (labels int32 [N], or features of captions [N, S, C]), mask of the features [N, S] or None, and what they are
-    called in names of files.
+    """One per row: values (labels int32 [N], tokens of texts [N, S] or features of captions [N, S, C]), mask of the features [N, S] or
+    None, and what they are called in names of files ("" where there is no condition).
     """
 
     values: np.ndarray
@@ -51,33 +57,35 @@ class Conditions(NamedTuple):
 def imagine(
     prior: str, tokenizer: str, out: str, classes: str = "", captions: str = "",
     text: Sequence[str] = (), t5: str = "", count: int = 1, batch: int = 8, seed: int = 0,
-    dtype: str = "", grid: int = 0, heads: int = 0, **sampling: Any,
+    dtype: str = "", grid: int = 0, heads: int = 0, scale: float = 0.0, **sampling: Any,
 ) -> None:  # fmt: skip
     """Draw `count` pictures of every class, of every caption of the file `captions`, or of every `text`, into the folder `out`.
 
     t5: directory of the T5 that makes features of texts.
     batch: pictures drawn together. dtype: of the prior, default bfloat16 on accelerators. grid, heads: of a foreign checkpoint, see
-    convert.prior. sampling: fields of priors.options.Sampling.
+    convert.prior. scale: 0 is SCALE for a prior that can be guided, else 1. sampling: other fields of priors.options.Sampling.
     """
     if count < 1 or batch < 1:
         raise ConfigError(f"--count={count} and --batch={batch} must be at least 1")
-    how = Sampling(**sampling)
     found = load_prior(prior, grid, heads)
+    how = Sampling(scale=scale or (SCALE if found.config.guidable else 1.0), **sampling)
     check_guidance(found.config, how)
     wanted = conditions(found.config, classes, captions, text, t5, dtype or usual_dtype())
-    coder = VisualCoder.open(tokenizer, batch=batch)
-    check_fit(found.config, coder, prior, tokenizer)
+    codec = load_tokenizer(tokenizer)
+    check_fit(found.config, codec.config, prior, tokenizer)
+    coder, table = VisualCoder(codec, batch=batch), codec.codebooks.get("codebook", {}).get(TABLE)
     wanted = Conditions(*(None if x is None else np.repeat(x, count, axis=0) for x in wanted[:2]), wanted.names)
     labels = [name for name in wanted.names for _ in range(count)]
     folder, entries, shown = Path(out), [], []
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = draw_codes(found, wanted, how, batch=min(batch, len(labels)), seed=seed, dtype=dtype)
+    drawn = draw_codes(found, wanted, how, batch=min(batch, len(labels)), seed=seed, dtype=dtype, table=table)
     bar = tqdm(total=len(labels), desc="pictures", unit="image", disable=not hosts.is_first(), dynamic_ncols=True)
     with bar:
         for number, ((picture,), label) in enumerate(zip(coder.decode_each(drawn), labels)):
-            file = f"{number:05d}_{label}.png"
+            file = f"{number:05d}_{label}.png" if label else f"{number:05d}.png"
             Image.fromarray(picture[0]).save(folder / file)
-            entries.append({"file": file, found.config.condition: int(label)})
+            what = "class" if found.config.condition == "class" else "caption"
+            entries.append({"file": file} | ({what: int(label)} if label else {}))
             shown += [picture[0]] if number < SHOWN else []
             bar.update()
     Image.fromarray(tiled(shown, min(count, SHOWN))).save(folder / "grid.png")
@@ -87,9 +95,19 @@ def imagine(
 
 
 def conditions(
-    config: GPTConfig, classes: str, captions: str, text: Sequence[str] = (), t5: str = "", dtype: str = "float32"
+    config: Config, classes: str, captions: str, text: Sequence[str] = (), t5: str = "", dtype: str = "float32"
 ) -> Conditions:
     """What the flags ask for; ConditionError in one sentence where the prior cannot be given it."""
+    if config.condition == "none":
+        if classes or captions or text or t5:
+            raise ConditionError(
+                "this prior draws without a condition: give only --count, neither classes nor captions"
+            )
+        return Conditions(np.zeros(1, np.int32), None, [""])
+    if config.condition == "text":
+        if classes or text or t5 or not captions:
+            raise ConditionError("this prior draws texts: give their tokens, --captions FILE.npz with `tokens` [N, S]")
+        return tokens_of_file(config, captions)
     if config.condition == "caption":
         if classes or bool(captions) == bool(text) or bool(text) != bool(t5):
             raise ConditionError(
@@ -104,23 +122,43 @@ def conditions(
         labels = [int(word) for word in classes.split(",")]
     except ValueError:
         raise ConditionError(f"--classes={classes} must be numbers with commas between them, e.g. 207,360") from None
-    outside = next((label for label in labels if not 0 <= label < config.classes), None)
+    outside = next((label for label in labels if not 0 <= label < config.numbers), None)
     if outside is not None:
-        raise ConditionError(f"--classes names {outside}, but this prior knows the classes 0 to {config.classes - 1}")
+        raise ConditionError(f"--classes names {outside}, but this prior knows the classes 0 to {config.numbers - 1}")
     return Conditions(np.asarray(labels, np.int32), None, list(map(str, labels)))
 
 
 def features_of_file(config: GPTConfig, file: str) -> Conditions:
     """Features of captions from an npz with `captions` [N, S, C] and `mask` [N, S], 1 for what is no padding."""
+    features, mask = _arrays(file, {"captions": "[N, S, C]", "mask": "[N, S]"})
+    return padded(config, features, mask > 0, file)
+
+
+def tokens_of_file(config: Config, file: str) -> Conditions:
+    """Tokens of texts from an npz with `tokens` int [N, S], cut or padded with token 0 at the end as training does."""
+    (tokens,) = _arrays(file, {"tokens": "[N, S]"})
+    slots, known = config.condition_tokens, tokens.ndim == 2 and tokens.dtype.kind in "iu" and tokens.size
+    if not known or tokens.min() < 0 or tokens.max() >= config.numbers:
+        raise ConditionError(
+            f"{file} has tokens {tokens.dtype} {tokens.shape}: this prior takes integers [N, S] from 0 to {config.numbers - 1}"
+        )
+    values = np.zeros((len(tokens), slots), np.int32)
+    values[:, : tokens.shape[1]] = tokens[:, :slots]
+    return Conditions(values, None, list(map(str, range(len(values)))))
+
+
+def _arrays(file: str, wanted: dict[str, str]) -> list[np.ndarray]:
+    """Arrays of an npz file; wanted: their names and shapes."""
     try:
         with np.load(file) as arrays:
-            missing = next((key for key in ("captions", "mask") if key not in arrays.files), None)
-            features, mask = (None, None) if missing else (arrays["captions"], arrays["mask"] > 0)
+            missing = next((key for key in wanted if key not in arrays.files), None)
+            found = [] if missing else [arrays[key] for key in wanted]
     except (OSError, ValueError) as error:
         raise ConditionError(f"{file} cannot be read as an npz file ({error})") from error
     if missing:
-        raise ConditionError(f"{file} has no array {missing!r}: it needs captions [N, S, C] and mask [N, S]")
-    return padded(config, features, mask, file)
+        needs = " and ".join(f"{key} {shape}" for key, shape in wanted.items())
+        raise ConditionError(f"{file} has no array {missing!r}: it needs {needs}")
+    return found
 
 
 def padded(config: GPTConfig, features: np.ndarray, mask: np.ndarray, where: str) -> Conditions:
@@ -139,21 +177,34 @@ def padded(config: GPTConfig, features: np.ndarray, mask: np.ndarray, where: str
     return Conditions(values, real, list(map(str, range(len(values)))))
 
 
-def check_fit(config: GPTConfig, coder: VisualCoder, prior: str, tokenizer: str) -> None:
+def check_fit(config: Config, codec: TokenizerConfig, prior: str, tokenizer: str) -> None:
     """Raise ConfigError unless the tokenizer decodes what the prior draws."""
-    q = coder.config.quantizer
-    if q.kind != "vq" or q.codes_of(0) != config.codes:
-        what = f"{q.codes_of(0)} codes" if q.kind == "vq" else f"codes of several levels or depths (kind={q.kind})"
-        raise ConfigError(f"{prior} draws one of {config.codes} codes at each place, but {tokenizer} has {what}")
+    q = codec.quantizer
+    depth = q.depth if q.kind == "rq" else 1
+    there = tuple(q.codes_of(0 if q.shared else i) for i in range(levels_of(codec))), depth, q.factor
+    entries = tuple(n for n, _ in config.levels_of_codes)
+    drawn = entries, config.depth if isinstance(config, RQTransformerConfig) else 1, 2
+    if there[:2] != drawn[:2] or len(entries) > 1 and there != drawn:
+        raise ConfigError(f"{prior} draws {_said(*drawn)}, but {tokenizer} has {_said(*there)}")
+
+
+def _said(entries: tuple[int, ...], depth: int, factor: int) -> str:
+    if len(entries) > 1:
+        return f"{len(entries)} levels of {' and '.join(map(str, entries))} codes, each {factor} times as fine"
+    return f"one of {entries[0]} codes" + (f" at each of {depth} depths" if depth > 1 else " at each place")
 
 
 def draw_codes(
-    prior: Prior, wanted: Conditions, how: Sampling, *, batch: int = 8, seed: int = 0, dtype: str = ""
-) -> Iterator[tuple[np.ndarray]]:
-    """(codes int32 [1, grid, grid],) of every condition in order; the last batch is filled up with its first row."""
-    dtype, mesh, side = dtype or usual_dtype(), usual_mesh(), prior.config.grid
+    prior: Prior, wanted: Conditions, how: Sampling, *, batch: int = 8, seed: int = 0, dtype: str = "",
+    table: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, ...]]:  # fmt: skip
+    """Codes of every condition in order, one int32 [1, h, w(, depth)] per level; the last batch is filled up with its first row.
+
+    table: the tokenizer's, where the prior reads it.
+    """
+    dtype, mesh = dtype or usual_dtype(), usual_mesh()
     with contextlib.nullcontext() if mesh is None else rules.use(mesh):
-        where, run = gpt.shardings(prior.config), sampler(prior.config, how, dtype)
+        where, run = models.shardings(prior.config), program(prior.config, how, dtype, table)
         params = {path: x.astype(dtype) for path, x in prior.params.items()}
         params = jax.device_put(params, where)
     one = jax.random.key(seed)
@@ -163,8 +214,25 @@ def draw_codes(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(one, numbers)
         mask = None if wanted.mask is None else wanted.mask[rows]
         with contextlib.nullcontext() if mesh is None else rules.use(mesh):
-            codes = np.asarray(run(params, wanted.values[rows], keys, mask)).reshape(-1, 1, side, side)
-        yield from ((row,) for row in codes[: len(wanted.values) - start])
+            levels = run(params, wanted.values[rows], keys, mask)
+        yield from (tuple(level[i : i + 1] for level in levels) for i in range(min(batch, len(wanted.values) - start)))
+
+
+def program(
+    config: Config, how: Sampling, dtype: str, table: np.ndarray | None
+) -> Callable[..., tuple[np.ndarray, ...]]:
+    """(params, values, keys, mask) -> codes int32 [B, h, w(, depth)] per level: one compiled loop for whole images."""
+    if isinstance(config, GPTConfig):
+        side, drawn = config.grid, gpt_sampling.sampler(config, how, dtype)
+        return lambda *arguments: (np.asarray(drawn(*arguments)).reshape(-1, side, side),)
+    several = hierarchy_sampling.sampler(config, how, dtype)
+    reads = isinstance(config, RQTransformerConfig) and config.reads_codebook
+
+    def run(params: dict, values: np.ndarray, keys: jax.Array, mask: None) -> tuple[np.ndarray, ...]:
+        found = several(params, keys, None if config.condition == "none" else values, table if reads else None)
+        return tuple(map(np.asarray, found if isinstance(found, tuple) else (found,)))
+
+    return run
 
 
 def tiled(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """`python -m vlm_jax tokenize`: images -> codes as ArrayRecord shards (data.code_records), which priors are trained on.
 
-Processes share the shards, each computing on its own devices. A shard that is whole is kept when the command is started again after it
-was killed: no image is lost, none is there twice. Images that are broken are left out, counted and named in the manifest.
+Processes (see parallel.hosts) share the shards, each computing on its own devices. A shard that is whole is kept when the command is
+started again after it was killed, in any number of processes: no image is lost, none is there twice. Images that are broken are left
+out, counted and named in the manifest.
 """
 
 from __future__ import annotations
@@ -70,15 +71,24 @@ def tokenize(
     """
     if shard_images < 1 or threads < 1:
         raise CodesError(f"--shard_images={shard_images} and --threads={threads} must be at least 1")
+    with hosts.joined():
+        _tokenize(model, images, Path(out), (crop, size, margin), batch, dtype, shard_images, threads)
+
+
+def _tokenize(
+    model: str, images: Sequence[str], out: Path, how: tuple[str, int, float], batch: int, dtype: str, shard_images: int, threads: int
+) -> None:  # fmt: skip
+    """This process's share of the shards, and on the first process the manifest."""
     tokenizer = load_tokenizer(model)
     config = tokenizer.config
-    views = views_of(config, crop, size, margin)
+    views = views_of(config, *how)
     items = named_images(images)
     about = _about(config, views, dtype) | {"hash": fingerprint(tokenizer)}
     job = hash_of(FORMAT, json.dumps(about, sort_keys=True), shard_images, *(item.id for item in items))
     about["model"] = Path(model).name
     files = shard_files(out, -(-len(items) // shard_images))
-    missing = _missing(Path(out), files, job)
+    missing = _missing(out, files, job)
+    hosts.wait_for_all("the shards are counted")  # before one of them is written, so that all share the same
     mine = missing[jax.process_index() :: jax.process_count()]
     kept = f", {len(files) - len(missing)} are there already" if len(missing) < len(files) else ""
     hosts.say(
@@ -93,7 +103,7 @@ def tokenize(
                 write_shard(files[k], coded, job=job, broken=broken, about=about)
     hosts.wait_for_all("codes are written")
     if hosts.is_first():
-        _finish(Path(out), files, job, len(items))
+        _finish(out, files, job, len(items))
     hosts.wait_for_all("the manifest is written")
 
 

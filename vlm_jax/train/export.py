@@ -32,18 +32,15 @@ from vlm_jax.parallel import hosts
 from vlm_jax.recipe import Recipe
 from vlm_jax.train.checkpoint import Checkpointer
 from vlm_jax.train.loop import Result
+from vlm_jax.train.runs import EXPORT, export_target
 from vlm_jax.train.state import chosen
 from vlm_jax.train.weights import open_tokenizer, tokenizer_folder
-
-EXPORT = "export"  # folder of a run that holds what it exports
 
 
 def export_result(recipe: Recipe, result: Result, run: Path) -> None:
     """Write run/export at the end of training; several processes leave it to `convert`, which reads the checkpoint on one host."""
-    target = run / EXPORT
-    if jax.process_count() > 1:
-        hosts.say(f"export it with: python -m vlm_jax convert --from {run} --to DIR")
-    elif result.status != "already finished" or not target.exists():
+    target = export_target(run, result.status, f"export it with: python -m vlm_jax convert --from {run} --to DIR")
+    if target:
         write(recipe, recipe.model, result.state.params, target, merge=recipe.merge)
         hosts.say(f"exported to {target}")
 
@@ -176,8 +173,12 @@ def convert(**flags: Any) -> int:
         raise ConfigError(
             f"--{ignored[0]} cannot be used on the run {run}: convert the run first, then the directory it gives"
         )
-    command.check_target(flags["to"], flags["extract"])
     recipe = recipes.load(run / "config.json")
+    if not isinstance(recipe, Recipe):
+        if not (run / EXPORT).is_dir():
+            raise ConfigError(f"{run} has no {EXPORT} yet: start its `train` command in one process, which writes it")
+        return command.convert(**flags | {"from": str(run / EXPORT)})
+    command.check_target(flags["to"], flags["extract"])
     if flags["merge"] and not recipe.model.lora:
         raise ConfigError(f"{run} trained no adapter: --merge has no meaning for it")
     checkpoints = Checkpointer(run / "checkpoints")

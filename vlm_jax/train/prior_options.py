@@ -12,8 +12,8 @@ from vlm_jax.train.options import RunConfig
 class PriorTrainConfig(RunConfig):
     """Hyperparameters of one run of a prior; the defaults are LlamaGen's class-conditional ones.
 
-    average: decay of the moving average of the weights, 0 keeps none. dtype: of activations. loss_chunk: codes of an image whose
-    logits exist at one time.
+    schedule: of the rate behind the warm-up. average: decay of the moving average of the weights, 0 keeps none. dtype: of activations.
+    loss_chunk: codes of an image whose logits exist at one time (LlamaGen's prior).
     """
 
     epochs: int = 300
@@ -22,6 +22,7 @@ class PriorTrainConfig(RunConfig):
     weight_decay: float = 0.05
     beta2: float = 0.95
     warmup_ratio: float = 0.0
+    schedule: str = "constant"
     average: float = 0.0
     dtype: str = "bfloat16"
     attention: str = "auto"
@@ -32,6 +33,7 @@ class PriorTrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        one_of("train.schedule", self.schedule, ("constant", "cosine", "linear"))
         one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("train.attention", self.attention, ATTENTIONS)
         one_of("train.remat", self.remat, REMATS)

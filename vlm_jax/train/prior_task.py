@@ -1,9 +1,10 @@
 """A prior over codes as a task of the training loop: state, step, lines of metrics and speeds.
 
 trainable  <path>            but the features of no caption, which stay frozen
+frozen     codebook          the tokenizer's table, which an RQ-Transformer reads
 moving     average/<path>    moving average of what is trained
-loss       (sum of all cross-entropies) / codes of the batch, gradients of the micro-batches summed by a scan
-line       {"step", "lr", "loss", "accuracy", "grad_norm", "update_norm", "param_norm", "images"}
+loss       mean over the codes of the batch, gradients of the micro-batches averaged by a scan
+line       {"step", "lr", "loss", "accuracy", ("depth_0", "level_0" ...), "grad_norm", "update_norm", "param_norm", "images"}
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,36 +22,44 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.config import to_dict
+from vlm_jax.data.code_rows import code_keys
 from vlm_jax.nn.params import Params, merge
 from vlm_jax.parallel import rules
 from vlm_jax.prior_recipe import PriorRecipe
 from vlm_jax.train import optimizer
 from vlm_jax.train.flops import peak_flops
 from vlm_jax.train.metrics import median_of
-from vlm_jax.train.prior_loss import gpt_loss
+from vlm_jax.train.prior_loss import prior_loss
 from vlm_jax.train.prior_options import PriorTrainConfig
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import Axes, batch_shardings
 from vlm_jax.train.task import Shapes
 from vlm_jax.train.tokenizer_state import AVERAGE, below
-from vlm_jax.visual_tokenizers.priors import gpt
+from vlm_jax.visual_tokenizers.priors import models
+from vlm_jax.visual_tokenizers.priors.hierarchy_options import StackConfig
+from vlm_jax.visual_tokenizers.priors.models import Config
 from vlm_jax.visual_tokenizers.priors.options import GPTConfig
 
-CODE_AXES: Axes = {
-    "codes": ("batch", None),
-    "labels": ("batch",),
-    "captions": ("batch", None, None),
-    "caption_mask": ("batch", None),
-}
 FROZEN = ("condition/unconditional",)
+CODEBOOK = "codebook"
 
 Results = dict[str, jax.Array]
 
 
-def parts(recipe: PriorRecipe, leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"trainable", "frozen", "moving": {path: leaf}} of the leaves of a prior."""
+def axes_of(config: Config) -> Axes:
+    """Logical axes of the arrays of a batch, behind the accumulation axis."""
+    levels = config.levels_of_codes
+    axes = {key: ("batch", *(None for _ in shape)) for key, (_, shape) in zip(code_keys(len(levels)), levels)}
+    if isinstance(config, GPTConfig) and config.condition == "caption":
+        return axes | {"captions": ("batch", None, None), "caption_mask": ("batch", None)}
+    labels = {"class": ("batch",), "text": ("batch", None)}
+    return axes | ({"labels": labels[config.condition]} if config.condition in labels else {})
+
+
+def parts(recipe: PriorRecipe, leaves: Mapping[str, Any], book: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"trainable", "frozen", "moving": {path: leaf}} of the leaves of a prior; book: {"codebook": table} or nothing."""
     trainable = {path: x for path, x in leaves.items() if path not in FROZEN}
-    frozen = {path: x for path, x in leaves.items() if path in FROZEN}
+    frozen = {path: x for path, x in leaves.items() if path in FROZEN} | dict(book)
     return {
         "trainable": trainable,
         "frozen": frozen,
@@ -57,13 +67,14 @@ def parts(recipe: PriorRecipe, leaves: Mapping[str, Any]) -> dict[str, dict[str,
     }
 
 
-def shardings(recipe: PriorRecipe) -> TrainState | None:
+def shardings(recipe: PriorRecipe, book: Mapping[str, Any]) -> TrainState | None:
     """NamedSharding of every array of the state under the mesh in use, None without one."""
-    where = gpt.shardings(recipe.prior)
+    where = models.shardings(recipe.prior)
     if where is None:
         return None
-    made, whole = parts(recipe, where), NamedSharding(rules.current()[0], PartitionSpec())
-    shapes = parts(recipe, gpt.shapes(recipe.prior))["trainable"]
+    whole = NamedSharding(rules.current()[0], PartitionSpec())
+    made = parts(recipe, where, dict.fromkeys(book, whole))
+    shapes = parts(recipe, models.shapes(recipe.prior), {})["trainable"]
     moments = optimizer.state_shardings(recipe.train, shapes, made["trainable"], whole)
     return TrainState(whole, made["trainable"], made["frozen"], moments, whole, made["moving"])
 
@@ -71,14 +82,14 @@ def shardings(recipe: PriorRecipe) -> TrainState | None:
 def gradients(
     recipe: PriorRecipe, state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
 ) -> tuple[Params, Results]:
-    """(gradients laid out like their parameters, {"loss", "accuracy"}) of a batch [A, B, ...]."""
-    c, where, graph = recipe.train, gpt.shardings(recipe.prior), gpt.structure(recipe.prior)
-    micros = len(batch["codes"])
+    """(gradients laid out like their parameters, {"loss", "accuracy" ...}) of a batch [A, B, ...]."""
+    c, where, graph = recipe.train, models.shardings(recipe.prior), models.structure(recipe.prior)
+    micros = len(next(iter(batch.values())))
+    frozen = {path: x for path, x in state.frozen.items() if path != CODEBOOK}
+    how = {"dtype": c.dtype, "impl": c.attention, "remat": c.remat, "chunk": c.loss_chunk}
 
     def loss(trainable: Params, micro: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-        model = merge(graph, {**state.frozen, **trainable})
-        sums = gpt_loss(model, micro, key, dtype=c.dtype, impl=c.attention, remat=c.remat, chunk=c.loss_chunk)
-        return sums.loss / batch["codes"].size, sums
+        return prior_loss(merge(graph, {**frozen, **trainable}), micro, key, state.frozen.get(CODEBOOK), **how)
 
     def laid_out(grads: Params) -> Params:
         """Without it they would come back replicated."""
@@ -87,17 +98,16 @@ def gradients(
         return {path: jax.lax.with_sharding_constraint(x, where[path]) for path, x in grads.items()}
 
     def accumulate(total: Params, inputs: tuple) -> tuple[Params, Any]:
-        grads, sums = jax.grad(loss, has_aux=True)(state.trainable, *inputs)
-        return laid_out(jax.tree.map(jnp.add, total, grads)), sums
+        grads, said = jax.grad(loss, has_aux=True)(state.trainable, *inputs)
+        return laid_out(jax.tree.map(lambda sum, g: sum + g / micros, total, grads)), said
 
     if micros == 1:
-        grads, sums = jax.grad(loss, has_aux=True)(state.trainable, {k: x[0] for k, x in batch.items()}, key)
+        grads, said = jax.grad(loss, has_aux=True)(state.trainable, {k: x[0] for k, x in batch.items()}, key)
         grads = laid_out(grads)
     else:
         zeros = laid_out(jax.tree.map(jnp.zeros_like, state.trainable))
-        grads, sums = jax.lax.scan(accumulate, zeros, (dict(batch), jax.random.split(key, micros)))
-    codes = batch["codes"].size
-    return grads, {"loss": jnp.sum(sums.loss) / codes, "accuracy": jnp.sum(sums.correct) / codes}
+        grads, said = jax.lax.scan(accumulate, zeros, (dict(batch), jax.random.split(key, micros)))
+    return grads, {name: jnp.mean(x) for name, x in said.items()}
 
 
 def update(
@@ -120,12 +130,22 @@ def update(
 
 @dataclasses.dataclass(frozen=True)
 class PriorTask:
-    """A recipe; start: parameters that replace random ones."""
+    """A recipe; start: parameters that replace random ones; table: the tokenizer's, where the prior reads it."""
 
     recipe: PriorRecipe
     start: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    axes = CODE_AXES
+    table: np.ndarray | None = None
     unit = "images"
+
+    @property
+    def axes(self) -> Axes:
+        """See axes_of."""
+        return axes_of(self.recipe.prior)
+
+    @property
+    def book(self) -> dict[str, np.ndarray]:
+        """The tokenizer's table as the state has it."""
+        return {} if self.table is None else {CODEBOOK: self.table}
 
     @property
     def config(self) -> PriorTrainConfig:
@@ -138,46 +158,49 @@ class PriorTask:
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and (under a mesh) shardings of the state; nothing is allocated."""
-        made = parts(self.recipe, gpt.shapes(self.recipe.prior))
+        book = {path: jax.ShapeDtypeStruct(x.shape, jnp.float32) for path, x in self.book.items()}
+        made = parts(self.recipe, models.shapes(self.recipe.prior), book)
         moments = jax.eval_shape(optimizer.moments(self.config).init, made["trainable"])
         scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
         state = TrainState(scalar, made["trainable"], made["frozen"], moments, key, made["moving"])
-        where = shardings(self.recipe)
+        where = shardings(self.recipe, book)
         if where is None:
             return state
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
 
     def create(self) -> TrainState:
         """The state at step 0, every array created where it will live."""
-        places, seed = gpt.shardings(self.recipe.prior), self.config.seed
+        places, seed = models.shardings(self.recipe.prior), self.config.seed
         if self.start:
             params = {path: _place(x, places and places[path]) for path, x in self.start.items()}
         else:
-            params = gpt.init(self.recipe.prior, seed)
+            params = models.init(self.recipe.prior, seed)
 
         def rest(trainable: Params) -> tuple:
             average = below(AVERAGE, jax.tree.map(jnp.copy, trainable)) if self.config.average else {}
             key = jax.random.key_data(jax.random.key(seed))
             return jnp.zeros((), jnp.int32), optimizer.moments(self.config).init(trainable), key, average
 
-        made, where = parts(self.recipe, params), shardings(self.recipe)
+        where = shardings(self.recipe, self.book)
+        book = {path: _place(x, where and where.step) for path, x in self.book.items()}
+        made = parts(self.recipe, params, book)
         goal = where and (where.step, where.opt_state, where.rng, where.moving)
         step, moments, key, average = jax.jit(rest, out_shardings=goal)(made["trainable"])
         return TrainState(step, made["trainable"], made["frozen"], moments, key, average)
 
     def step(self, shapes: Shapes) -> Any:
         """The jitted step for batches of `shapes`; the state is donated."""
-        run, where = functools.partial(update, self.recipe), shardings(self.recipe)
+        run, where = functools.partial(update, self.recipe), shardings(self.recipe, self.book)
         if where is None:
             return jax.jit(run, donate_argnums=0)
         # results come back replicated, so that every process can read them
-        ins = where, batch_shardings(shapes, CODE_AXES), where.step
+        ins = where, batch_shardings(shapes, self.axes), where.step
         return jax.jit(run, donate_argnums=0, in_shardings=ins, out_shardings=(where, where.step))
 
     def given(self, update: int, total: int) -> float:
-        """What multiplies the learning rate: a linear warm-up, then constant."""
-        warmup = self.config.warmup(total)
-        return min(1.0, (update + 1) / (warmup + 1))
+        """What multiplies the learning rate; neither the first nor the last update is void."""
+        c = self.config
+        return optimizer.schedule(update + 1, total + 1, c.warmup(total), c.schedule)
 
     def line(self, step: int, given: float, results: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, Any]:
         """See the module."""
@@ -195,15 +218,27 @@ class PriorTask:
 
 def images_of(shapes: Shapes) -> int:
     """Images of a batch."""
-    return int(np.prod(shapes["codes"][:2]))
+    return int(np.prod(next(iter(shapes.values()))[:2]))
 
 
-def training_flops(c: GPTConfig) -> float:
+def training_flops(c: Config) -> float:
     """FLOPs that one image's forward and backward pass need: 6 per weight and slot, 12 D per pair of slots that attention looks at."""
+    if not isinstance(c, GPTConfig):
+        shapes = c.levels_of_codes
+        codes = sum(n * math.prod(shape) for n, shape in shapes)
+        positions = math.prod(shapes[0][1][:2])
+        local = sum(math.prod(shape) for _, shape in shapes) // positions
+        head = positions * _flops_of(c.head, local)
+        return _flops_of(c.body, c.condition_tokens + positions - 1) + head + 6.0 * c.body.width * codes
     slots = c.slots + c.length - 1
     kv = c.kv_heads * c.head_dim
     block = 2 * c.width * (c.width + kv) + 3 * c.width * c.mlp
     return 6.0 * (c.layers * block * slots + c.width * c.codes * c.length) + 12.0 * c.width * c.layers * slots**2 / 2
+
+
+def _flops_of(c: StackConfig, slots: int) -> float:
+    """Of a stack of blocks."""
+    return c.layers * (6.0 * 12 * c.width**2 * slots + 12.0 * c.width * slots**2 / 2)
 
 
 class CodeRates:

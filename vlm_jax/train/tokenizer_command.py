@@ -27,8 +27,7 @@ from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.tokenizer_recipe import TokenizerRecipe
 from vlm_jax.train import loop
-from vlm_jax.train.export import EXPORT
-from vlm_jax.train.runs import batches_of, budget
+from vlm_jax.train.runs import EXPORT, batches_of, budget, export_target
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.tokenizer_state import AVERAGE, BOOKS, TOKENIZER, below, books_of, leaves_of_books, under
 from vlm_jax.train.tokenizer_task import TokenizerTask
@@ -169,10 +168,9 @@ def exported(
 
 def export_result(recipe: TokenizerRecipe, result: loop.Result, run: Path) -> None:
     """Write run/export at the end of training."""
-    target = run / EXPORT
-    if jax.process_count() > 1:
-        hosts.say(f"start the same command in one process to export the finished run to {target}")
-    elif result.status != "already finished" or not target.exists():
+    again = f"start the same command in one process to export the finished run to {run / EXPORT}"
+    target = export_target(run, result.status, again)
+    if target:
         params, books = exported(recipe, result.state)
         averaged = bool(recipe.train.average and recipe.export_average)
         extra = {"step": result.step, "averaged": averaged, "size": recipe.data.size}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -222,7 +223,8 @@ def create(
         given = {p: x for p, x in chosen.items() if p in names["frozen"]} | given
 
     def make() -> dict[str, dict[str, jax.Array]]:
-        made = below(TOKENIZER, split(VisualTokenizer(recipe.tokenizer, nnx.Rngs(seed)))[1])
+        drawn = split(VisualTokenizer(recipe.tokenizer, nnx.Rngs(seed)))[1]
+        made = below(TOKENIZER, lecun(drawn) if recipe.init.kernels == "lecun" else drawn)
         made |= nets.initial_books(jax.random.key(seed + 1))
         if nets.critic is not None:
             made |= below(CRITIC, split(nets.new_critic(seed + 2))[1]) | nets.initial_statistics()
@@ -247,6 +249,12 @@ def create(
     )
     step, rng = rest()
     return TrainState(step, leaves["trainable"], leaves["frozen"], moments(leaves["trainable"]), rng, leaves["moving"])
+
+
+def lecun(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters as torch draws them, with kernels of variance 1 / inputs (LeCun et al., Efficient BackProp) and biases 0."""
+    scale = {"kernel": math.sqrt(3.0), "bias": 0.0}
+    return {path: x * scale.get(path.rpartition("/")[2], 1.0) for path, x in params.items()}
 
 
 def _like(made: Mapping[str, Mapping[str, Any]], where: TrainState) -> dict[str, dict[str, NamedSharding]]:

@@ -21,12 +21,12 @@ CHANNELS = 3
 class Level(nnx.Module):
     """Residual blocks of one resolution, each followed by attention where the level attends, and the way to the next level."""
 
-    def __init__(self, widths: tuple[int, ...], attends: bool, resample: Conv | None, rngs: nnx.Rngs):
+    def __init__(self, widths: tuple[int, ...], attends: bool, resample: Conv | None, rngs: nnx.Rngs, groups: int):
         self.count, self.attends = len(widths) - 1, attends
         for i, (din, dout) in enumerate(zip(widths[:-1], widths[1:])):
-            setattr(self, f"block_{i}", ResidualBlock(din, dout, rngs))
+            setattr(self, f"block_{i}", ResidualBlock(din, dout, rngs, groups))
             if attends:
-                setattr(self, f"attention_{i}", AttentionBlock(dout, rngs))
+                setattr(self, f"attention_{i}", AttentionBlock(dout, rngs, groups))
         self.resample = resample
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -40,9 +40,9 @@ class Level(nnx.Module):
 class Middle(nnx.Module):
     """Residual block, attention, residual block at the coarsest level."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs):
-        self.block_1, self.block_2 = ResidualBlock(width, width, rngs), ResidualBlock(width, width, rngs)
-        self.attention = AttentionBlock(width, rngs)
+    def __init__(self, width: int, rngs: nnx.Rngs, groups: int):
+        self.block_1, self.block_2 = (ResidualBlock(width, width, rngs, groups) for _ in range(2))
+        self.attention = AttentionBlock(width, rngs, groups)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.block_2(self.attention(self.block_1(x)))
@@ -58,10 +58,10 @@ class Encoder(nnx.Module):
         din = c.width
         for i, width in enumerate(c.widths):
             down = Conv(width, width, 3, rngs, stride=2, pad=((0, 1), (0, 1))) if i < c.levels - 1 else None
-            setattr(self, f"level_{i}", Level((din, *[width] * c.blocks), c.attends(i, False), down, rngs))
+            setattr(self, f"level_{i}", Level((din, *[width] * c.blocks), c.attends(i, False), down, rngs, c.groups))
             din = width
-        self.mid = Middle(din, rngs)
-        self.norm_out, self.conv_out = GroupNorm(din, rngs), Conv(din, c.latent, 3, rngs, pad=1)
+        self.mid = Middle(din, rngs, c.groups)
+        self.norm_out, self.conv_out = GroupNorm(din, rngs, c.groups), Conv(din, c.latent, 3, rngs, pad=1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
@@ -78,12 +78,12 @@ class Decoder(nnx.Module):
     def __init__(self, c: AutoencoderConfig, rngs: nnx.Rngs):
         self.levels = c.levels
         din = c.widths[-1]
-        self.conv_in, self.mid = Conv(c.latent, din, 3, rngs, pad=1), Middle(din, rngs)
+        self.conv_in, self.mid = Conv(c.latent, din, 3, rngs, pad=1), Middle(din, rngs, c.groups)
         for i, width in reversed(list(enumerate(c.widths))):
             up = Conv(width, width, 3, rngs, pad=1) if i > 0 or c.init_downsample else None
-            setattr(self, f"level_{i}", Level((din, *[width] * (c.blocks + 1)), c.attends(i, True), up, rngs))
+            setattr(self, f"level_{i}", Level((din, *[width] * (c.blocks + 1)), c.attends(i, True), up, rngs, c.groups))
             din = width
-        self.norm_out, self.conv_out = GroupNorm(din, rngs), Conv(din, CHANNELS, 3, rngs, pad=1)
+        self.norm_out, self.conv_out = GroupNorm(din, rngs, c.groups), Conv(din, CHANNELS, 3, rngs, pad=1)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         return self.conv_out(self.features(z))

@@ -69,7 +69,7 @@ class ConvTranspose(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """32 groups, eps 1e-6, float32 statistics over space and the channels of a group."""
+    """eps 1e-6, float32 statistics over space and the channels of a group."""
 
     def __init__(self, width: int, rngs: nnx.Rngs, groups: int = 32, eps: float = 1e-6):
         self.scale, self.bias = param(rngs, ones, (width,), (None,)), param(rngs, zeros, (width,), (None,))
@@ -91,9 +91,9 @@ class GroupNorm(nnx.Module):
 class ResidualBlock(nnx.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))); the shortcut is 1x1 where the width changes."""
 
-    def __init__(self, din: int, dout: int, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = GroupNorm(din, rngs), Conv(din, dout, 3, rngs, pad=1)
-        self.norm2, self.conv2 = GroupNorm(dout, rngs), Conv(dout, dout, 3, rngs, pad=1)
+    def __init__(self, din: int, dout: int, rngs: nnx.Rngs, groups: int = 32):
+        self.norm1, self.conv1 = GroupNorm(din, rngs, groups), Conv(din, dout, 3, rngs, pad=1)
+        self.norm2, self.conv2 = GroupNorm(dout, rngs, groups), Conv(dout, dout, 3, rngs, pad=1)
         self.shortcut = Conv(din, dout, 1, rngs) if din != dout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -105,8 +105,8 @@ class ResidualBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """x + out(attention over all positions, one head as wide as the channels)."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs):
-        self.norm = GroupNorm(width, rngs)
+    def __init__(self, width: int, rngs: nnx.Rngs, groups: int = 32):
+        self.norm = GroupNorm(width, rngs, groups)
         self.q, self.k, self.v, self.out = (Conv(width, width, 1, rngs) for _ in range(4))
 
     def __call__(self, x: jax.Array) -> jax.Array:

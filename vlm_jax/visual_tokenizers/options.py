@@ -19,7 +19,8 @@ class AutoencoderConfig:
 
     attention: resolutions that have attention after every residual block, counted from `resolution`. With `init_downsample`, conv_in
     halves the image; the encoder's count ignores that, as in the published HQ-VAE weights, which therefore have attention at
-    (16,) in the decoder only.
+    (16,) in the decoder only. groups: of the group norms, 32 in everything published; with as many as `width` each channel loses its
+    mean, and flat colours are lost.
     """
 
     width: int = 128
@@ -29,13 +30,14 @@ class AutoencoderConfig:
     resolution: int = 256
     latent: int = 256
     init_downsample: bool = False
+    groups: int = 32
 
     def __post_init__(self):
-        at_least_one("autoencoder", self, ("width", "blocks", "resolution", "latent"))
+        at_least_one("autoencoder", self, ("width", "blocks", "resolution", "latent", "groups"))
         if not self.multipliers or min(self.multipliers) < 1:
             raise ConfigError(f"autoencoder.multipliers={self.multipliers} needs one positive width factor per level")
-        if any(self.width * m % 32 for m in self.multipliers):
-            raise ConfigError(f"autoencoder.width={self.width} must be a multiple of 32, the number of norm groups")
+        if any(self.width * m % self.groups for m in self.multipliers):
+            raise ConfigError(f"autoencoder.width={self.width} must be a multiple of autoencoder.groups={self.groups}")
 
     @property
     def levels(self) -> int:

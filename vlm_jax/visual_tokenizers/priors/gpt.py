@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.dropout import drop_rows, dropout, place_of
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
-from vlm_jax.nn.params import Params, normal, param, scan, shardings_of, split, stack
+from vlm_jax.nn.params import normal, param, scan, stack
 from vlm_jax.nn.remat import remat as wrapper
 from vlm_jax.nn.rope import Rope, rotate
 from vlm_jax.parallel.rules import shard
@@ -239,29 +239,3 @@ class GPT(nnx.Module):
         layers = jnp.arange(c.layers), jnp.linspace(0.0, c.drop_path, c.layers)
         (x, stored), _ = scan(self.blocks, step, (x, stored), layers, wrapper(remat))
         return self.norm(x), None if cache is None else Cache(*stored, keys, offset + T)
-
-
-@functools.lru_cache(maxsize=32)
-def abstract(config: GPTConfig) -> GPT:
-    """The prior with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
-
-
-def structure(config: GPTConfig) -> nnx.GraphDef:
-    """Static structure, the first argument of `nn.params.merge`."""
-    return split(abstract(config))[0]
-
-
-def shapes(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """{"path": shape and dtype} of every parameter."""
-    return split(abstract(config))[1]
-
-
-def shardings(config: GPTConfig) -> dict[str, jax.sharding.NamedSharding] | None:
-    """{"path": NamedSharding} under the mesh in use, None without one."""
-    return shardings_of(abstract(config))
-
-
-def init(config: GPTConfig, seed: int) -> Params:
-    """Random parameters, each created directly with its sharding when a mesh is in use."""
-    return jax.jit(lambda: split(GPT(config, nnx.Rngs(seed)))[1], out_shardings=shardings(config))()

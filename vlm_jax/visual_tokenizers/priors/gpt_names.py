@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ConfigError
-from vlm_jax.visual_tokenizers.priors.gpt import shapes
+from vlm_jax.visual_tokenizers.priors.models import shapes
 from vlm_jax.visual_tokenizers.priors.options import PUBLISHED, GPTConfig
 
 _PLAIN = {
@@ -43,6 +43,7 @@ _BLOCKS = {
     "norm1/scale": "attention_norm.weight",
     "norm2/scale": "ffn_norm.weight",
 }
+ANCHOR = "tok_embeddings.weight"  # only a prior of LlamaGen has it
 _QKV = tuple(f"blocks/attn/{part}/kernel" for part in "qkv")
 WRAPPERS = (
     "model",
@@ -134,11 +135,11 @@ def unwrapped(found: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def config_of(found: Mapping[str, tuple[int, ...]], grid: int, heads: int | None = None) -> GPTConfig:
     """The config of a checkpoint from its tensors' shapes; those do not tell `grid`, nor (except of published sizes) `heads`."""
-    for key in ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"):
+    for key in (ANCHOR, "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"):
         if key not in found:
             raise ConfigError(f"the checkpoint has no tensor {key}: it is no prior of LlamaGen")
     layers = 1 + max(int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in found) if m)
-    codes, width = found["tok_embeddings.weight"]
+    codes, width = found[ANCHOR]
     known = next((c for c in PUBLISHED.values() if (c.layers, c.width) == (layers, width)), None)
     heads = heads or (known.heads if known else None)
     if heads is None:

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.config import ConfigError
 from vlm_jax.nn.params import merge
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.rules import shard
-from vlm_jax.visual_tokenizers.priors.gpt import GPT, Cache, structure
+from vlm_jax.visual_tokenizers.priors.gpt import GPT, Cache
+from vlm_jax.visual_tokenizers.priors.models import structure
 from vlm_jax.visual_tokenizers.priors.options import GPTConfig, Sampling
-from vlm_jax.visual_tokenizers.priors.sampling import draw, guide
+from vlm_jax.visual_tokenizers.priors.sampling import beside, check_guidance, draw, guide
 
 
 def sample(
@@ -31,8 +31,8 @@ def sample(
     rows, length = len(keys), model.config.length
     check_guidance(model.config, how)
     if how.guided:
-        condition = _beside(condition, model.condition.nothing(rows).astype(condition.dtype))
-        mask = None if mask is None else _beside(mask, mask)
+        condition = beside(condition, model.condition.nothing(rows).astype(condition.dtype))
+        mask = None if mask is None else beside(mask, mask)
 
     def next_code(hidden: jax.Array, number: jax.Array | int) -> jax.Array:
         logits = shard(model.logits(hidden), "batch", None)
@@ -55,17 +55,6 @@ def sample(
         cache = cache._replace(k=cache.k[:, 0::2], v=cache.v[:, 0::2], segments=cache.segments[0::2])
         codes, cache = jax.lax.fori_loop(guided, length, step, (codes, cache))
     return codes
-
-
-def check_guidance(config: GPTConfig, how: Sampling) -> None:
-    """Raise ConfigError for guidance of a prior that knows no condition to be guided away from."""
-    if how.guided and not config.guidable:
-        raise ConfigError("this prior was trained without prior.condition_dropout: it cannot be guided, use scale=1")
-
-
-def _beside(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Rows a_0, b_0, a_1, b_1, ... of two arrays [B, ...]."""
-    return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
 
 
 def sampler(

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import ConfigError
-from vlm_jax.visual_tokenizers.priors.hierarchy import Config, shapes
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import HQTransformerConfig, RQTransformerConfig
+from vlm_jax.visual_tokenizers.priors.models import Config, shapes
 
 OFFSETS = "tok_emb.offsets"  # where each depth's rows begin in RQ's table of all depths: written, not read
 

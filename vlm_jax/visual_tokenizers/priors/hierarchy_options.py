@@ -57,14 +57,23 @@ def _same_width(key: str, body: StackConfig, head: StackConfig) -> None:
         raise ConfigError(f"{key}.width={head.width} must be prior.body.width={body.width}: the head reads its states")
 
 
+def _only_classes(config: Any) -> None:
+    if config.condition_dropout and config.condition != "class":
+        raise ConfigError(
+            f"prior.condition_dropout={config.condition_dropout} takes classes away, but this prior has none (condition "
+            f"{config.condition}): set it to 0.0"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RQTransformerConfig:
     """RQ-Transformer (Lee et al. 2022): `depth` codes out of `codes` at each of grid = (rows, columns) positions.
 
     conditions, condition_tokens: a condition is `condition_tokens` numbers below `conditions` (1 and 1: none; a class; a text, whose
-    tokens are predicted too). codebook_body, codebook_head: the body, the head read rows of the tokenizer's table (of `code_width`
-    numbers) and not a table of their own; cumulative: the head reads sums over the depths so far. shared_tokens, shared_head: one
-    table, one classifier for all depths. image_weight, text_weight: of the losses where there is a text.
+    tokens are predicted too). condition_dropout: share of the classes that training takes away, for guidance; the table has a row more
+    then, which published models do not have. codebook_body, codebook_head: the body, the head read rows of the tokenizer's table (of
+    `code_width` numbers) and not a table of their own; cumulative: the head reads sums over the depths so far. shared_tokens,
+    shared_head: one table, one classifier for all depths. image_weight, text_weight: of the losses where there is a text.
     """
 
     grid: tuple[int, int] = (8, 8)
@@ -81,6 +90,7 @@ class RQTransformerConfig:
     shared_tokens: bool = True
     shared_head: bool = True
     dropout: float = 0.0
+    condition_dropout: float = 0.0
     image_weight: float = 0.9
     text_weight: float = 0.1
 
@@ -91,7 +101,28 @@ class RQTransformerConfig:
             raise ConfigError(f"prior.grid={self.grid} needs a positive number of rows and of columns")
         if self.condition_tokens > 1 and self.conditions == 1:
             raise ConfigError("prior.condition_tokens > 1 needs prior.conditions, the size of the text's vocabulary")
-        _rates(self, ("dropout",))
+        _rates(self, ("dropout", "condition_dropout"))
+        _only_classes(self)
+
+    @property
+    def condition(self) -> str:
+        """What an image is drawn from: "none", a "class", or a "text"."""
+        return "text" if self.condition_tokens > 1 else "class" if self.conditions > 1 else "none"
+
+    @property
+    def numbers(self) -> int:
+        """Classes, or tokens of the text's vocabulary."""
+        return self.conditions
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the model has a condition that means nothing."""
+        return self.condition_dropout > 0
+
+    @property
+    def levels_of_codes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(entries of the codebook, shape of an image's codes) of every array of codes."""
+        return ((self.codes, (*self.grid, self.depth)),)
 
     @property
     def positions(self) -> int:
@@ -117,7 +148,7 @@ class HQTransformerConfig:
     ("bidirectional"). embedding, embedding_layers: how the codes of a position become one vector; the published "transformer" with 1
     layer is a mean. positions: rows of the table of positions, which published models have more of than they use; axes: a table of
     rows and one of columns in its place. condition: "none", "class" (one of `classes`) or "text" (`text_tokens` out of `text_codes`,
-    which are predicted too). weights: of the levels' losses.
+    which are predicted too). condition_dropout: as in RQTransformerConfig. weights: of the levels' losses.
     """
 
     grid: int = 8
@@ -134,6 +165,7 @@ class HQTransformerConfig:
     body: StackConfig = StackConfig()
     head: StackConfig = StackConfig(layers=4)
     dropout: float = 0.0
+    condition_dropout: float = 0.0
     weights: tuple[float, ...] = (1.0, 4.0)
     image_weight: float = 0.9
     text_weight: float = 0.1
@@ -145,7 +177,8 @@ class HQTransformerConfig:
         whole = ("grid", "embedding_layers", "positions", "classes", "text_codes", "text_tokens")
         at_least_one("prior", self, whole)
         _same_width("prior.head", self.body, self.head)
-        _rates(self, ("dropout",))
+        _rates(self, ("dropout", "condition_dropout"))
+        _only_classes(self)
         if len(self.codes) not in (2, 3) or min(self.codes) < 1:
             raise ConfigError(f"prior.codes={self.codes} needs two or three positive numbers, one per level")
         if len(self.weights) != len(self.codes):
@@ -173,6 +206,22 @@ class HQTransformerConfig:
     def condition_tokens(self) -> int:
         """Slots of the condition."""
         return self.text_tokens if self.condition == "text" else 1
+
+    @property
+    def numbers(self) -> int:
+        """Classes, or tokens of the text's vocabulary; 1 where there is no condition."""
+        return {"class": self.classes, "text": self.text_codes, "none": 1}[self.condition]
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the model has a condition that means nothing."""
+        return self.condition_dropout > 0
+
+    @property
+    def levels_of_codes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(entries of the codebook, shape of an image's codes) of every array of codes."""
+        sides = (self.grid * 2**level for level in range(self.levels))
+        return tuple((codes, (side, side)) for codes, side in zip(self.codes, sides))
 
     @property
     def local(self) -> tuple[int, ...]:

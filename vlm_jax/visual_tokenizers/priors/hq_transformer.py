@@ -87,7 +87,7 @@ class HQTransformer(nnx.Module):
         table = functools.partial(Embedding, width=width, rngs=rngs, std=std)
         vector = functools.partial(param, rngs, normal(1.0))
         self.start = vector((1, width), (None, "embed")) if c.condition == "none" else None
-        self.classes = table(c.classes) if c.condition == "class" else None
+        self.classes = table(c.classes + c.guidable) if c.condition == "class" else None
         text = c.condition == "text"
         self.text, self.text_position = (table(n) if text else None for n in (c.text_codes, c.text_tokens))
         self.text_norm = LayerNorm(width, c.body.eps, rngs) if text else None
@@ -142,6 +142,10 @@ class HQTransformer(nnx.Module):
         ends = np.cumsum((0, *c.local))
         found = (to_map(self.level_logits(i, y[:, :, ends[i] : ends[i + 1]]), c.grid) for i in range(c.levels))
         return HQLogits(tuple(shard(z, "batch", None, None, "act_vocab") for z in found), text)
+
+    def nothing(self, rows: int) -> jax.Array:
+        """Labels [B] of no class, of a prior that was trained for guidance."""
+        return jnp.full(rows, self.config.classes, jnp.int32)
 
     def front(self, condition: jax.Array | None, rows: int, dtype: jnp.dtype) -> jax.Array:
         """What the body reads first [B, tokens, D]."""

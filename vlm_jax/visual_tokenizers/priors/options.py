@@ -92,9 +92,19 @@ class GPTConfig:
         return self.grid**2
 
     @property
+    def numbers(self) -> int:
+        """Classes."""
+        return self.classes
+
+    @property
     def guidable(self) -> bool:
         """Whether the model has a condition that means nothing."""
         return self.condition == "caption" or self.condition_dropout > 0
+
+    @property
+    def levels_of_codes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(entries of the codebook, shape of an image's codes) of every array of codes."""
+        return ((self.codes, (self.grid, self.grid)),)
 
 
 def mlp_width(width: int, multiple: int = 256, factor: float | None = None) -> int:
@@ -124,9 +134,9 @@ PUBLISHED = {
 class Sampling:
     """How codes are drawn; see priors.sampling.
 
-    scale: guidance away from no condition, 1 is off. interval: the first `interval` + 2 codes are guided and the others drawn from the
-    conditional logits alone, counted as LlamaGen does; -1 guides all. temperature: 0 takes the most probable code. top_k: 0 and
-    top_p: 1 keep all codes.
+    scale: guidance away from no condition, 1 is off. interval: the first `interval` + 2 codes (of RQ- and HQ-Transformers: positions)
+    are guided and the others drawn from the conditional logits alone, counted as LlamaGen does; -1 guides all. temperature: 0 takes
+    the most probable code. top_k: 0 and top_p: 1 keep all codes.
     """
 
     scale: float = 1.0

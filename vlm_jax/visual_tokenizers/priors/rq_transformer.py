@@ -44,7 +44,7 @@ class RQTransformer(nnx.Module):
         self.context = linear() if c.codebook_head else None
         own = None if c.codebook_body and c.codebook_head else c.codes * (1 if c.shared_tokens else c.depth)
         self.tokens = Embedding(own, width, rngs, std) if own else None
-        self.condition = Embedding(c.conditions, width, rngs, std)
+        self.condition = Embedding(c.conditions + c.guidable, width, rngs, std)
         sizes = {"condition": c.condition_tokens, "token": c.positions, "depth": c.depth}
         for name, size in sizes.items():
             setattr(self, f"{name}_position", param(rngs, normal(std), (size, width), (None, "embed")))
@@ -86,6 +86,10 @@ class RQTransformer(nnx.Module):
         y, _ = self.head(y, Mask(causal=True), remat=remat)
         logits = self.classifier(self.norm(y.reshape(B, *c.grid, D, -1)))
         return RQLogits(shard(logits, "batch", None, None, None, "act_vocab"), text)
+
+    def nothing(self, rows: int) -> jax.Array:
+        """Labels [B] of no class, of a prior that was trained for guidance."""
+        return jnp.full(rows, self.config.conditions, jnp.int32)
 
     def front(self, condition: jax.Array | None, rows: int, dtype: jnp.dtype) -> jax.Array:
         """What the body reads first [B, tokens, D]."""

@@ -10,13 +10,27 @@ The settings are known when the program is compiled, so that what is off costs n
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.config import ConfigError
 from vlm_jax.visual_tokenizers.priors.options import Sampling
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
+def check_guidance(config: Any, how: Sampling) -> None:
+    """Raise ConfigError for guidance of a prior that knows no condition to be guided away from."""
+    if how.guided and not config.guidable:
+        raise ConfigError("this prior was trained without prior.condition_dropout: it cannot be guided, use scale=1")
+
+
+def beside(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Rows a_0, b_0, a_1, b_1, ... of two arrays [B, ...], so that a row and its other are on one device."""
+    return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
+
+
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array | float) -> jax.Array:
     """Logits moved away from what they are without the condition."""
     return unconditional + scale * (conditional - unconditional)
 

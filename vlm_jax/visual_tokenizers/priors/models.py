@@ -1,4 +1,4 @@
-"""RQ- and HQ-Transformers as flat dicts of arrays: structure, shapes, placement and random values of a config.
+"""Every kind of prior as flat dicts of arrays: structure, shapes, placement and random values of a config.
 
 model = nn.params.merge(structure(config), params)
 """
@@ -11,18 +11,20 @@ import jax
 from flax import nnx
 
 from vlm_jax.nn.params import Params, shardings_of, split
+from vlm_jax.visual_tokenizers.priors.gpt import GPT
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import HQTransformerConfig, RQTransformerConfig
 from vlm_jax.visual_tokenizers.priors.hq_transformer import HQTransformer
+from vlm_jax.visual_tokenizers.priors.options import GPTConfig
 from vlm_jax.visual_tokenizers.priors.rq_transformer import RQTransformer
 
-Config = RQTransformerConfig | HQTransformerConfig
-Model = RQTransformer | HQTransformer
+Config = GPTConfig | RQTransformerConfig | HQTransformerConfig
+Model = GPT | RQTransformer | HQTransformer
+KINDS = {GPTConfig: GPT, RQTransformerConfig: RQTransformer, HQTransformerConfig: HQTransformer}
 
 
 def make(config: Config, seed: int) -> Model:
     """A random model."""
-    kind = RQTransformer if isinstance(config, RQTransformerConfig) else HQTransformer
-    return kind(config, nnx.Rngs(seed))
+    return KINDS[type(config)](config, nnx.Rngs(seed))
 
 
 @functools.lru_cache(maxsize=32)
