@@ -1,8 +1,6 @@
 """Contract 1: every implementation equals the dense reference on packed rows, or raises."""
 
 import dataclasses
-import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_jax.config import ATTENTIONS
-from vlm_jax.nn import attention as module
+from vlm_jax.nn import attention_plain, attention_tpu
 from vlm_jax.nn.attention import Mask, attention, choose, refusal
 from vlm_jax.nn.dropout import dropout_key
 from vlm_jax.parallel import rules
@@ -71,7 +69,7 @@ def test_dense_is_attention_written_out(first, second, causal, window, kv_heads)
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_chunked_equals_dense_with_gradients(window, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 8)
+    monkeypatch.setattr(attention_plain, "CHUNK", 8)
     q, k, v = qkv()
     ids = packed(2, 24)
     bias = jax.random.normal(jax.random.key(5), (1, 4, 24, 24))
@@ -87,29 +85,30 @@ def test_chunked_equals_dense_with_gradients(window, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("causal", [True, False])
-def test_splash_equals_dense_in_interpret_mode(causal):
-    q, k, v = qkv(rows=1, slots=256, heads=4, kv_heads=2, width=64)
-    ids = packed(1, 256, (100, 120))
-    mask = Mask(causal, None, ids, ids)
+@pytest.mark.parametrize("causal, window, slots", [(True, None, 256), (True, 60, 200), (False, None, 256)])
+def test_splash_equals_dense_with_gradients(causal, window, slots, interpreted, monkeypatch):
+    """Several blocks, grouped heads, packed rows; slots that are no multiple of 128 are padded."""
+    monkeypatch.setattr(attention_tpu, "TILE", 128)
+    q, k, v = qkv(rows=1, slots=slots, heads=4, kv_heads=2, width=64)
+    ids = packed(1, slots, (100, 70))
+    mask = Mask(causal, window, ids, ids)
 
-    def run(f):
-        return jax.value_and_grad(lambda q, k, v: (f(q, k, v) ** 2).sum(), (0, 1, 2))(q, k, v)
+    def run(impl):
+        return jax.value_and_grad(lambda q, k, v: (attention(q, k, v, mask, impl) ** 2).sum(), (0, 1, 2))(q, k, v)
 
-    a, ga = run(lambda q, k, v: module._splash(q, k, v, mask, 0.125, interpret=True))
-    b, gb = run(lambda q, k, v: attention(q, k, v, mask, "dense"))
+    (a, ga), (b, gb) = run("splash"), run("dense")
     np.testing.assert_allclose(a, b, rtol=1e-4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), ga, gb)
 
 
 @pytest.mark.slow
-def test_splash_under_a_mesh_equals_dense():
+def test_splash_under_a_mesh_equals_dense(interpreted):
     q, k, v = qkv(rows=4, slots=128, heads=4, kv_heads=2, width=64)
     ids = packed(4, 128, (60, 50))
     mask = Mask(True, None, ids, ids)
     expected = attention(q, k, v, mask, "dense")
     with rules.use(make_mesh(MeshConfig(fsdp=4, tensor=2))):
-        got = jax.jit(lambda q, k, v: module._splash(q, k, v, mask, 0.125, interpret=True))(q, k, v)
+        got = jax.jit(lambda q, k, v: attention(q, k, v, mask, "splash"))(q, k, v)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -120,16 +119,6 @@ def test_lowers_for_tpu_with_the_splash_kernel():
     f = jax.jit(lambda q, k, v: attention(q, k, v, Mask(True, None, ids, ids), "splash"))
     text = jax.export.export(f, platforms=["tpu"])(q, k, v).mlir_module()
     assert "tpu_custom_call" in text
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """TPU kernels run in interpret mode."""
-    from jax.experimental.pallas.ops.tpu import flash_attention as kernels
-
-    run = functools.partial(kernels.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(kernels, "pl", types.SimpleNamespace(**{**vars(kernels.pl), "pallas_call": run}))
-    jax.clear_caches()
 
 
 def with_bias(queries, keys, kind, seed=3):
@@ -149,7 +138,7 @@ FLASH = [("diagonals", 256, 128), ("causal", 256, 256)]
 @pytest.mark.parametrize("kind, queries, keys", FLASH)
 def test_flash_with_bias_equals_dense_with_gradients(kind, queries, keys, interpreted, monkeypatch):
     """On packed rows, in several chunks; the gradient of the bias too, of causality, window and bias together."""
-    monkeypatch.setattr(module, "BIASED", 128)
+    monkeypatch.setattr(attention_tpu, "BIASED", 128)
     q, k, v = qkv(slots=queries, keys=keys, heads=2, kv_heads=2, width=64)
     mask, added = with_bias(queries, keys, kind)
 
@@ -227,6 +216,8 @@ def test_a_tpu_is_given_the_kernel_that_takes_the_mask():
     q, k = (jax.ShapeDtypeStruct((1, slots, 2, 64), jnp.bfloat16) for slots in (1024, 4096))
     relative = Mask(diagonals=jnp.zeros((2, 8191)), drop=0.1)
     assert choose(k, k, relative, "tpu") == "flash" and choose(q, k, Mask(), "tpu") == "flash"
+    vit = jax.ShapeDtypeStruct((8, 577, 16, 64), jnp.bfloat16)  # slots are padded to 640
+    assert choose(vit, vit, Mask(), "tpu") == "splash" and choose(vit, vit, Mask(), "cpu") == "dense"
     assert choose(k, k, Mask(True), "tpu") == "splash" and choose(k, k, relative, "cpu") == "chunked"
     with dropout_key(jax.random.key(0)):
         assert choose(k, k, relative, "tpu") == "chunked"
@@ -250,7 +241,7 @@ def test_a_row_without_keys_is_finite():
 def test_what_cannot_be_honoured_raises(impl):
     q, k, v = qkv(slots=24)
     with pytest.raises(ValueError, match=f"attention={impl} cannot compute this mask"):
-        attention(q, k, v, Mask(True, 3, packed(2, 24), packed(2, 24)), impl)
+        attention(q, k, v, Mask(True, 3, packed(2, 24), packed(2, 24), bias=jnp.zeros((2, 1, 24, 24))), impl)
 
 
 def test_unknown_implementation_is_named():

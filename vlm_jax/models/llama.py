@@ -60,6 +60,7 @@ class Attention(nnx.Module):
         k = checkpoint_name(self.k(x), "qkv").reshape(B, T, self.kv_heads, self.head_dim)
         v = checkpoint_name(self.v(x), "qkv").reshape(B, T, self.kv_heads, self.head_dim)
         q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
+        q, k, v = (shard(y, "batch", "length", "act_heads", None) for y in (q, k, v))
         if stored is not None:
             keys, values, layer = stored
             at = (layer, 0, ctx.index, 0, 0)
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
             stored = (keys, values, layer)
             k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
-        q, k, v = (shard(y, "batch", None, "act_heads", None) for y in (q, k, v))
+            k, v = (shard(y, "batch", None, "act_heads", None) for y in (k, v))
         out = checkpoint_name(attention(q, k, v, ctx.mask, ctx.impl), "attention")
         return checkpoint_name(self.o(out.reshape(B, T, -1)), "o"), stored
 

@@ -59,11 +59,11 @@ class Attention(nnx.Module):
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, S, D] -> keys and values [B, S, N, H]."""
-        return self._split(self.k, x), self._split(self.v, x)
+        return tuple(shard(self._split(f, x), "batch", "length", "act_heads", None) for f in (self.k, self.v))
 
     def __call__(self, x: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, impl: str) -> jax.Array:
         """x [B, T, D], k and v [B, S, N, H] -> [B, T, D]."""
-        q, k, v = (shard(y, "batch", None, "act_heads", None) for y in (self._split(self.q, x), k, v))
+        q = shard(self._split(self.q, x), "batch", "length", "act_heads", None)
         mask = dataclasses.replace(mask, drop=self.drop, place=self.place)
         out = checkpoint_name(attention(q, k, v, mask, impl, scale=1.0), "attention")
         return checkpoint_name(self.o(out.reshape(*x.shape[:2], -1)), "o")

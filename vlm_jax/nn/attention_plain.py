@@ -1,0 +1,60 @@
+"""Attention that needs no kernel of ours: the reference, the same for some query slots at a time, and what jax.nn has of cuDNN.
+
+weights = softmax(q k^T * scale + bias, over allowed keys) in float32,   out = dropout(weights) v
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.nn import dropout
+from vlm_jax.nn.masks import NEGATIVE, Mask
+
+CHUNK = 512  # query slots per step of the chunked implementation
+LONG = 1024  # query slots from which "auto" takes them in chunks
+CUDNN = "cudnn"  # implementation of jax.nn.dot_product_attention
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """All scores at once, as arguments and result of `nn.attention.attention`."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    allowed, bias = mask.allowed(T, S), mask.whole_bias(T, S)
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped * scale, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        wide = jnp.broadcast_to(bias, (bias.shape[0], N, T, S)) if bias.shape[1] == 1 else bias
+        scores = scores + wide.reshape(bias.shape[0], K, N // K, T, S)
+    if allowed is not None:
+        scores = jnp.where(allowed[:, :, None], scores, NEGATIVE)
+    weights = dropout.dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), mask.drop, mask.place)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, first: jax.Array | int = 0
+) -> jax.Array:
+    """Dense attention for CHUNK query slots at a time, recomputed in the backward pass.
+
+    first: number of the first chunk, under which its dropout is drawn, where q is a part of a row.
+    """
+    T, S = q.shape[1], k.shape[1]
+
+    @jax.checkpoint
+    def block(i: jax.Array) -> jax.Array:
+        some = jax.lax.dynamic_slice_in_dim(q, i * CHUNK, CHUNK, 1)
+        with dropout.part(first + i):
+            return dense(some, k, v, mask.rows(T, S, i, CHUNK), scale)
+
+    out = jax.lax.map(block, jnp.arange(T // CHUNK))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """cuDNN's fused kernel through jax.nn; what is not causality alone becomes a boolean mask, which is exact."""
+    plain = mask.causal and mask.window is None and mask.from_the_first and mask.q_segments is None
+    allowed = None if plain else mask.allowed(q.shape[1], k.shape[1])
+    return jax.nn.dot_product_attention(
+        q, k, v, mask.bias, mask=allowed, scale=scale, is_causal=plain, implementation=CUDNN
+    )
