@@ -71,6 +71,11 @@ def test_forms_of_other_compilers(line):
     assert (found.kind, found.group, found.result, found.sent) == TEXTS[line]
 
 
+def test_a_sum_over_one_device_is_none():
+    line = "  ROOT %r = f32[16]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add"
+    assert collectives(f"ENTRY %main (x: f32[16]) -> f32[16] {{\n{line}\n}}\n", 2) == []
+
+
 def test_a_loop_whose_turns_only_its_condition_knows():
     module = (
         "%body (p: (u32[], f32[8])) -> (u32[], f32[8]) {\n  %g = f32[8]{0} all-gather(%x), replica_groups={{0,1}}\n}\n\n"

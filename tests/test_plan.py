@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError, LLMConfig, LoRAConfig, VisionConfig, VLMConfig
+from vlm_jax.config import ConfigError, LLMConfig, LoRAConfig, T5Config, VisionConfig, VLMConfig
 from vlm_jax.data.options import DataConfig
 from vlm_jax.parallel.mesh_config import MeshConfig
 from vlm_jax.planning.chips import CHIPS, topology
-from vlm_jax.planning.plan import full_counts, mesh_of, out_of_memory
+from vlm_jax.planning.costs import full_counts
+from vlm_jax.planning.plan import mesh_of, out_of_memory
 from vlm_jax.recipe import Recipe
 from vlm_jax.train.options import LORA, TrainConfig
 
@@ -21,9 +22,11 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: extra tpu"
 )
 
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+LAYERS = 8  # so many that a stack of kernels is larger than the embedding and the head
 MODEL = VLMConfig(
-    VisionConfig(image_size=56, patch_size=14, width=128, layers=2, heads=2, mlp=256),
-    llm=LLMConfig(1024, 256, 512, 2, 4, 4, 128),
+    VisionConfig(image_size=56, patch_size=14, width=128, layers=LAYERS, heads=2, mlp=256),
+    llm=LLMConfig(512, 256, 512, LAYERS, 4, 4, 128),
 )
 RECIPE = Recipe(
     model=MODEL,
@@ -53,6 +56,14 @@ def test_the_step_compiles_for_a_slice(sizes):
     kinds = p.by_kind()
     assert kinds["all-gather"][0] >= 2 * MODEL.llm.layers and {"all-reduce", "reduce-scatter"} & set(kinds)
     assert 0 < p.saved <= p.temporaries and 0 < p.mfu < 1
+    # the loop over the layers gathers one layer at a time, and sums the gradients of one into parts, never whole
+    stack = min(2 * np.prod(s) for s in shapes("^llm/blocks/.*/kernel"))
+    gathered = [c.result for c in p.collectives if c.kind == "all-gather"]
+    assert max(gathered) < stack, "parameters of all layers are gathered at once, outside the loop over them"
+    if "tensor" not in sizes:  # whose activations are summed
+        layer = min(4 * np.prod(s[1:]) for s in shapes("^llm/blocks/.*/kernel"))
+        summed = [c.result for c in p.collectives if c.kind == "all-reduce" and c.inside]
+        assert max(summed, default=0) < layer / 2, "gradients are summed whole on every chip"
 
 
 def shapes(pattern: str):
@@ -91,8 +102,24 @@ def test_adapters_hold_less_than_full_training():
 def test_generation(step):
     p = plan_of(with_mesh(RECIPE, fsdp=4, tensor=2), step=step, rows=8, slots=128, new=64)
     assert p.fits and p.held["parameters"] > 0
-    if step == "decode":  # keys and values of two layers, bfloat16, over all eight chips
-        assert p.held["cache"] == 2 * 2 * 8 * (128 + 64) * 4 * 128 * 2 / 8
+    if step == "decode":  # keys and values of all layers, bfloat16, over all eight chips
+        assert p.held["cache"] == 2 * LAYERS * 8 * (128 + 64) * 4 * 128 * 2 / 8
+
+
+T5 = VLMConfig(MODEL.vision, llm=T5Config(512, 256, 512, 2, 2, 4, 64), aspect="square")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("step", [pytest.param(s, marks=pytest.mark.long) for s in ("train", "prefill")] + ["decode"])
+def test_an_encoder_decoder(step):
+    """Its cache holds keys and values of new tokens, and of the prompts for cross-attention; decoding reads neither encoder nor tower."""
+    data = DataConfig(row_length=1024, sample_length=512, views_per_row=2, answer_length=256, template="t5_v1")
+    made = dataclasses.replace(with_mesh(RECIPE, fsdp=4, tensor=2), model=T5, data=data)
+    p = plan_of(made, step=step, rows=8, slots=128, new=64)
+    assert p.fits and 0 < p.mfu < 1
+    if step == "decode":
+        assert p.held["cache"] == 2 * 2 * 8 * (128 + 64) * 4 * 64 * 2 / 8
+        assert p.read - p.held["cache"] < 0.8 * p.held["parameters"]
 
 
 @needs_libtpu
@@ -169,3 +196,31 @@ def test_chips_agree_with_the_table_of_peaks():
         "h100": "NVIDIA H100 80GB HBM3",
     }
     assert all(CHIPS[name].flops == peak_flops(kind) for name, kind in kinds.items())
+
+
+def test_a_gpu_target_needs_its_compiler_and_no_gpu(monkeypatch):
+    from vlm_jax.planning import devices
+
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--topology h100:8 needs XLA's GPU compiler: pip install 'vlm_jax\[gpu\]'"):
+        devices.devices(topology("h100:8"))
+    with pytest.raises(ConfigError, match=r"--topology v5e:2x4 needs the TPU compiler: pip install 'vlm_jax\[tpu\]'"):
+        devices.devices(topology("v5e:2x4"))
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, CUDA_PLUGINS)), reason="no CUDA plugin is installed: extra gpu"
+)
+def test_the_step_compiles_for_gpus_that_are_not_there():
+    p = plan_of(with_mesh(RECIPE, fsdp=4, tensor=2), "h100:8")
+    assert p.fits and {"all-gather", "all-reduce"} <= set(p.by_kind())
+
+
+def test_kernels_that_ask_the_gpu_are_not_chosen_for_one_that_is_not_there():
+    import jax.numpy as jnp
+
+    from vlm_jax.nn.attention import Mask, choose
+
+    short, long = (jnp.zeros((1, slots, 4, 64), jnp.bfloat16) for slots in (577, 1024))
+    assert choose(long, long, Mask(), "gpu") == "cudnn"
+    assert [choose(x, x, Mask(), "absent gpu") for x in (short, long)] == ["dense", "chunked"]

@@ -60,10 +60,20 @@ def current() -> tuple[Mesh, Rules] | None:
 
 
 def platform() -> str:
-    """Where the program that is being traced will run: "cpu", "gpu" or "tpu". A mesh may be of devices that are not there."""
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu". A mesh may be of devices that are not there.
+
+    GPUs that are not there are "absent gpu": kernels of libraries that ask the GPU itself cannot be compiled for them.
+    """
     current = _current.get()
     name = jax.default_backend() if current is None else current[0].devices.flat[0].platform
-    return "gpu" if name in ("cuda", "rocm") else name
+    name = "gpu" if name in ("cuda", "rocm") else name
+    return "absent gpu" if name == "gpu" and current is not None and not _exists(current[0]) else name
+
+
+def alone() -> bool:
+    """Whether the program that is being traced will run on a single device."""
+    current = _current.get()
+    return current is None or current[0].size == 1
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PartitionSpec:

@@ -70,7 +70,9 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
             kind = next((k for k in KINDS if one.op in (k, f"{k}-start")), None)
             if kind:
                 group, result = _group(one.rest, devices), _result_bytes(one, kind)
-                found.append(Collective(kind, one.name, runs, group, result, runs * _sent(kind, result, group), inside))
+                if group > 1:  # sums over axes of one device stay in programs that are compiled fast
+                    sent = runs * _sent(kind, result, group)
+                    found.append(Collective(kind, one.name, runs, group, result, sent, inside))
                 continue
             turns = _turns(one, computations) if one.op == "while" else 1
             for called in _called(one):

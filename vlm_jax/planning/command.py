@@ -18,20 +18,25 @@ from vlm_jax.planning.chips import Topology
 from vlm_jax.planning.chips import topology as parse_topology
 from vlm_jax.planning.plan import Plan, describe, gib, mesh_of
 from vlm_jax.planning.plan import plan as make_plan
-from vlm_jax.recipe import Recipe
+from vlm_jax.recipe import AnyRecipe, Recipe
+from vlm_jax.tokenizer_recipe import TokenizerRecipe
 
-STEPS = ("train", "prefill", "decode")
+STEPS = ("train", "tokenizer", "prefill", "decode")
 DOES_NOT_FIT = 3  # exit code
+Planned = Recipe | TokenizerRecipe
 
 
 def plan(
     config: Any, topology: str, mesh: str = "", step: str = "train", search: bool = False, rows: int = 8, slots: int = 1024,
     new: int = 256, out: str = "",
 ) -> int:  # fmt: skip
-    """Compile, print, and write JSON to `out`; returns 0 if the step fits, else DOES_NOT_FIT."""
-    one_of("--step", step, STEPS)
-    recipe, where = recipes.of_vlm(config), parse_topology(topology)
+    """Compile, print, and write JSON to `out`; returns 0 if the step fits, else DOES_NOT_FIT.
+
+    step train is the training step of whatever the recipe trains; tokenizer is the same and insists on a visual tokenizer.
+    """
+    recipe, where = planned(recipes.from_config(config), step), parse_topology(topology)
     recipe = dataclasses.replace(recipe, mesh=mesh_of(mesh, recipe.mesh))
+    step = "train" if step == "tokenizer" else step
     if search:
         if step != "train":
             raise ConfigError("--search tries train.accum, train.remat and mesh: it needs --step train")
@@ -45,27 +50,58 @@ def plan(
     return 0 if any(p.fits for _, p in found) else DOES_NOT_FIT
 
 
-def page(recipe: Recipe, p: Plan) -> str:
+def planned(recipe: AnyRecipe, step: str) -> Planned:
+    """The recipe, if `step` means something for what it trains; else ConfigError says what does."""
+    one_of("--step", step, STEPS)
+    kinds = {Recipe: "a vision-language model", TokenizerRecipe: "a visual tokenizer"}
+    of = kinds.get(type(recipe), "a prior over codes")
+    if type(recipe) not in kinds:
+        raise ConfigError(
+            f"this config is of {of}, and plan knows {' and '.join(kinds.values())}: name a config of one of them"
+        )
+    if step == "tokenizer" and isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"--step tokenizer is the training step of a visual tokenizer, and this config is of {of}: use --step train, prefill or "
+            "decode, or name a config such as configs/visual_tokenizer.py:vq16"
+        )
+    if step in ("prefill", "decode") and isinstance(recipe, TokenizerRecipe):
+        raise ConfigError(f"--step {step} answers prompts, and this config is of {of}: use --step train")
+    return recipe
+
+
+def batch_of(recipe: Planned) -> str:
+    """What a training step reads, in words."""
+    t = recipe.train
+    if isinstance(recipe, TokenizerRecipe):
+        return f"{t.global_batch} images of {recipe.data.size} pixels, {t.dtype}"
+    return f"{t.global_batch} rows of {recipe.data.row_length} slots, accum {t.accum}, remat {t.remat}"
+
+
+def page(recipe: Planned, p: Plan) -> str:
     """Everything about one plan, as text."""
-    t, chip = recipe.train, p.topology.chip
+    chip = p.topology.chip
     mesh = ", ".join(f"{axis} {n}" for axis, n in zip(AXES, p.mesh) if n > 1) or "one chip"
-    what = (
-        f"{t.global_batch} rows of {recipe.data.row_length} slots, accum {t.accum}, remat {t.remat}"
-        if p.step == "train"
-        else p.step
-    )
+    what = batch_of(recipe) if p.step == "train" else p.step
     lines = [
-        f"{describe(recipe.model)} on {p.topology} ({p.topology.count} chips: {mesh}), {what}; compiled in {p.seconds:.0f} s",
+        f"{describe(recipe)} on {p.topology} ({p.topology.count} chips: {mesh}), {what}; compiled in {p.seconds:.0f} s",
         "",
     ]
     lines += ["| per chip | GiB |", "|---|---|"]
     lines += [f"| {kind} | {gib(size)} |" for kind, size in p.held.items() if size]
     if p.fits or p.temporaries:
-        lines += [f"| activations kept for the backward pass | {gib(p.saved)} |"] if p.saved else []
-        lines += [f"| other temporaries | {gib(max(0.0, p.temporaries - p.saved))} |"]
+        kept = (
+            min(p.saved, p.temporaries) if p.fits else p.saved
+        )  # of what autodiff saves, compilers compute some again
+        lines += [f"| activations kept for the backward pass | {gib(kept)} |"] if kept else []
+        lines += [f"| other temporaries | {gib(max(0.0, p.temporaries - kept))} |"]
     lines += [f"| peak, of {gib(chip.memory)} | {gib(p.needed)} |", ""]
+    if chip.platform == "gpu":
+        lines += [
+            "attention is compiled in chunks here: cuDNN, which a GPU has, makes its kernels on the GPU itself",
+            "",
+        ]
     if not p.fits:
-        return "\n".join([*lines, too_large(p)])
+        return "\n".join([*lines, too_large(recipe, p)])
     lines += ["| collective | runs per step | GiB sent by a chip |", "|---|---|---|"]
     lines += [f"| {kind} | {runs} | {gib(sent)} |" for kind, (runs, sent) in sorted(p.by_kind().items())]
     lines += ["", "| least time of a step | s |", "|---|---|"]
@@ -77,21 +113,24 @@ def page(recipe: Recipe, p: Plan) -> str:
     return "\n".join(lines)
 
 
-def too_large(p: Plan) -> str:
+def too_large(recipe: Planned, p: Plan) -> str:
     """One sentence: how much is missing and what helps."""
     needs = "more than there is" if math.isinf(p.needed) else f"{gib(p.needed)} GiB"
-    return (
-        f"does not fit: a chip needs {needs} and has {gib(p.topology.chip.memory)} GiB; take more chips, a larger mesh.fsdp or "
-        "mesh.tensor, train.remat=full, a larger train.accum, or let --search try"
-    )
+    helps = "a larger mesh.fsdp or mesh.tensor, train.remat=full, a larger train.accum, or let --search try"
+    if isinstance(recipe, TokenizerRecipe):
+        helps = "a smaller train.global_batch, or train.dtype=bfloat16"
+    elif p.step != "train":
+        helps = "a larger mesh.tensor, or fewer --rows or --slots"
+    return f"does not fit: a chip needs {needs} and has {gib(p.topology.chip.memory)} GiB; take more chips, {helps}"
 
 
-def as_json(recipe: Recipe, p: Plan) -> dict[str, Any]:
+def as_json(recipe: Planned, p: Plan) -> dict[str, Any]:
     """A plan as numbers: bytes, seconds, FLOPs per chip."""
-    t = recipe.train
+    t, images = recipe.train, isinstance(recipe, TokenizerRecipe)
+    unit = {"image_size": recipe.data.size} if images else {"row_length": recipe.data.row_length, "remat": t.remat}
     return {
-        "topology": str(p.topology), "mesh": dict(zip(AXES, p.mesh)), "step": p.step, "model": describe(recipe.model),
-        "global_batch": t.global_batch, "accum": t.accum, "remat": t.remat, "row_length": recipe.data.row_length, "fits": p.fits,
+        "topology": str(p.topology), "mesh": dict(zip(AXES, p.mesh)), "step": p.step, "model": describe(recipe),
+        "global_batch": t.global_batch, "accum": t.accum, **unit, "fits": p.fits,
         "peak_bytes": None if math.isinf(p.needed) else p.needed, "memory_bytes": p.topology.chip.memory, "held_bytes": p.held,
         "saved_bytes": p.saved, "temporary_bytes": p.temporaries,
         "collectives": {k: {"runs": n, "sent_bytes": s} for k, (n, s) in p.by_kind().items()},
@@ -100,7 +139,7 @@ def as_json(recipe: Recipe, p: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def row(recipe: Recipe, p: Plan) -> str:
+def row(recipe: Planned, p: Plan) -> str:
     """A plan as a row of the table that --search prints."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, p.mesh) if n > 1) or "-"
     peak = "too much" if math.isinf(p.needed) else gib(p.needed)
@@ -108,7 +147,7 @@ def row(recipe: Recipe, p: Plan) -> str:
     cells = (
         mesh,
         recipe.train.accum,
-        recipe.train.remat,
+        getattr(recipe.train, "remat", "none"),
         peak,
         "yes" if p.fits else "no",
         least,
@@ -118,17 +157,13 @@ def row(recipe: Recipe, p: Plan) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _search(recipe: Recipe, where: Topology) -> list[tuple[Recipe, Plan]]:
-    """Plans of every candidate, the best that fits printed at the end. A micro-batch that does not fit makes larger ones needless."""
-    print(
-        f"{describe(recipe.model)} on {where} ({gib(where.chip.memory)} GiB a chip), {recipe.train.global_batch} rows\n"
-    )
+def _search(recipe: Planned, where: Topology) -> list[tuple[Planned, Plan]]:
+    """Plans of every candidate, the best that fits printed at the end."""
+    print(f"{describe(recipe)} on {where} ({gib(where.chip.memory)} GiB a chip), {batch_of(recipe)}\n")
     print("| mesh | accum | remat | peak GiB | fits | least s | MFU at most | compile s |\n|" + "---|" * 8, flush=True)
-    found: list[tuple[Recipe, Plan]] = []
-    for mesh, remat in itertools.product(meshes(recipe, where), ("none", "linears", "full")):
-        for accum in accumulations(recipe, where, mesh):
-            train = dataclasses.replace(recipe.train, remat=remat, accum=accum)
-            candidate = dataclasses.replace(recipe, mesh=mesh, train=train)
+    found: list[tuple[Planned, Plan]] = []
+    for candidates in tried(recipe, where):
+        for candidate in candidates:
             one = make_plan(candidate, where)
             found.append((candidate, one))
             print(row(candidate, one), flush=True)
@@ -136,18 +171,35 @@ def _search(recipe: Recipe, where: Topology) -> list[tuple[Recipe, Plan]]:
                 break  # a smaller micro-batch only gathers the weights more often
     fitting = [one for one in found if one[1].fits]
     if not fitting:
-        hosts.say(
-            f"nothing that was tried fits {where}: take more chips, shorter rows (data.row_length), or adapters (lora)"
+        less = (
+            "a smaller train.global_batch"
+            if isinstance(recipe, TokenizerRecipe)
+            else "shorter rows (data.row_length), or adapters (lora)"
         )
+        hosts.say(f"nothing that was tried fits {where}: take more chips, {less}")
         return found
     best = min(fitting, key=lambda one: one[1].least_seconds)
     print("\nThe fastest that fits:\n\n" + page(*best) + "\n\n" + overrides(*best))
     return [best, *(one for one in found if one is not best)]
 
 
-def overrides(recipe: Recipe, p: Plan) -> str:
+def tried(recipe: Planned, where: Topology) -> Iterator[list[Planned]]:
+    """Candidates of --search, those that differ in train.accum alone together, the smallest first."""
+    if isinstance(recipe, TokenizerRecipe):  # batch norms and codebooks follow whole batches
+        if recipe.train.global_batch % where.count == 0:
+            for mesh in (MeshConfig(data=1, fsdp=where.count), MeshConfig(data=where.count, fsdp=1)):
+                yield [dataclasses.replace(recipe, mesh=mesh)]
+        return
+    for mesh, remat in itertools.product(meshes(recipe, where), ("none", "linears", "full")):
+        trains = [dataclasses.replace(recipe.train, remat=remat, accum=n) for n in accumulations(recipe, where, mesh)]
+        yield [dataclasses.replace(recipe, mesh=mesh, train=train) for train in trains]
+
+
+def overrides(recipe: Planned, p: Plan) -> str:
     """Flags that give this plan on the command line of train."""
     mesh = " ".join(f"--config.mesh.{axis}={n}" for axis, n in zip(AXES, p.mesh))
+    if isinstance(recipe, TokenizerRecipe):
+        return mesh
     return f"{mesh} --config.train.accum={recipe.train.accum} --config.train.remat={recipe.train.remat}"
 
 

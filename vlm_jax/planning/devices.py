@@ -31,27 +31,32 @@ _GPUS = {
 def devices(of: Topology) -> Sequence[jax.Device]:
     """The devices of a topology, to compile for and not to run on; ConfigError where the compiler is missing or refuses."""
     jax.config.update("jax_platforms", "cpu")  # planning needs no accelerator, and must not occupy one
-    if of.chip.platform == "gpu":
-        if (
-            importlib.util.find_spec("jax_cuda12_plugin") is None
-            and importlib.util.find_spec("jax_cuda13_plugin") is None
-        ):
-            raise ConfigError(
-                f"--topology {of} needs XLA's GPU compiler: pip install 'vlm_jax[gpu]' (no GPU is needed)"
-            )
-        nodes, gpus = of.sizes if len(of.sizes) == 2 else (1, of.sizes[0])
-        shape = f"1x{nodes}x{gpus}" if nodes > 1 else f"1x1x{gpus}"
-        return topologies.get_topology_desc("gpus", "cuda", target_config=_gpu_target(of), topology=shape).devices
+    described = _gpus if of.chip.platform == "gpu" else _tpus
+    try:
+        return described(of)
+    except ConfigError:
+        raise
+    except Exception as error:  # the compilers' own classes differ between versions
+        raise ConfigError(
+            f"--topology {of} is nothing that its compiler knows: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _tpus(of: Topology) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"--topology {of} needs the TPU compiler: pip install 'vlm_jax[tpu]' (no TPU is needed)")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    try:
-        return topologies.get_topology_desc(str(of), "tpu").devices
-    except Exception as error:  # libtpu's own classes differ between versions
-        raise ConfigError(
-            f"--topology {of} is no slice that libtpu knows: {' '.join(str(error).split())[:200]}"
-        ) from None
+    return topologies.get_topology_desc(str(of), "tpu").devices
+
+
+def _gpus(of: Topology) -> Sequence[jax.Device]:
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        raise ConfigError(f"--topology {of} needs XLA's GPU compiler: pip install 'vlm_jax[gpu]' (no GPU is needed)")
+    nodes, gpus = of.sizes if len(of.sizes) == 2 else (1, of.sizes[0])
+    return topologies.get_topology_desc(
+        "gpus", "cuda", target_config=_gpu_target(of), topology=f"1x{nodes}x{gpus}"
+    ).devices
 
 
 def _gpu_target(of: Topology) -> str:

@@ -19,13 +19,13 @@ from vlm_jax.config import ConfigError, LLMConfig
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.parallel.mesh_config import AXES, MeshConfig
-from vlm_jax.planning import programs
+from vlm_jax.planning import costs, programs, tokenizer_programs
 from vlm_jax.planning.chips import GIB, Topology
 from vlm_jax.planning.collectives import Collective, collectives
 from vlm_jax.planning.devices import devices
+from vlm_jax.planning.programs import Program
 from vlm_jax.recipe import Recipe
-from vlm_jax.train import state as states
-from vlm_jax.train.flops import Cost, training_cost
+from vlm_jax.tokenizer_recipe import TokenizerRecipe
 
 # XLA's effort to make the program fast: at -1 it compiles several times faster, and memory comes out alike
 EFFORT = {"exec_time_optimization_effort": -1.0}
@@ -84,28 +84,24 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, topology: Topology, step: str = "train", rows: int = 8, slots: int = 1024, new: int = 256
+    recipe: Recipe | TokenizerRecipe,
+    topology: Topology,
+    step: str = "train",
+    rows: int = 8,
+    slots: int = 1024,
+    new: int = 256,
 ) -> Plan:
     """Compile `step` of a recipe; rows, slots, new: of prefill and decode. A program that does not fit gives a Plan with fits=False."""
     mesh = make_mesh(recipe.mesh, devices(topology))
-    chip, began = topology.chip, time.perf_counter()
+    began = time.perf_counter()
+    useful, hardware = (x / topology.count for x in _flops(recipe, step, rows, slots))
     with rules.use(mesh):
-        if step == "train":
-            made = programs.train_program(recipe, _platform(topology))
-        else:
-            made = programs.decode_program(recipe, _platform(topology), step, rows, slots, new)
-        cost = _training_flops(recipe) if step == "train" else _reading_flops(recipe, step, rows, slots)
-        useful, hardware = (x / topology.count for x in cost)
-        read = _bytes_read(recipe, made, step)
-        common: dict[str, Any] = {
-            "topology": topology,
-            "mesh": recipe.mesh.resolve(topology.count),
-            "step": step,
-            "held": made.held,
-        }
-        common |= {"saved": made.saved, "flops": useful, "hardware_flops": hardware, "read": read}
+        made = _program(recipe, _platform(topology), step, rows, slots, new)
+        common: dict[str, Any] = {"topology": topology, "mesh": recipe.mesh.resolve(topology.count), "step": step}
+        common |= {"held": made.held, "saved": made.saved, "flops": useful, "hardware_flops": hardware}
+        common |= {"read": costs.bytes_moved(recipe, made, step)}
         try:
-            compiled = made.lowered.compile(EFFORT if chip.platform == "tpu" else None)
+            compiled = made.lowered.compile(EFFORT if topology.chip.platform == "tpu" else None)
         except jax.errors.JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:
@@ -119,8 +115,23 @@ def plan(
     arguments = memory.argument_size_in_bytes
     needed = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     found = tuple(collectives(compiled.as_text(), topology.count))
-    return Plan(**common, fits=needed <= chip.memory, needed=needed, temporaries=memory.temp_size_in_bytes, collectives=found,
-                seconds=time.perf_counter() - began)  # fmt: skip
+    return Plan(**common, fits=needed <= topology.chip.memory, needed=needed, temporaries=memory.temp_size_in_bytes,
+                collectives=found, seconds=time.perf_counter() - began)  # fmt: skip
+
+
+def _flops(recipe: Recipe | TokenizerRecipe, step: str, rows: int, slots: int) -> tuple[float, float]:
+    """(useful, computed) FLOPs of a step on all chips."""
+    if isinstance(recipe, TokenizerRecipe):
+        return tokenizer_programs.tokenizer_flops(recipe)
+    return costs.training_flops(recipe) if step == "train" else costs.reading_flops(recipe, step, rows, slots)
+
+
+def _program(recipe: Recipe | TokenizerRecipe, platform: str, step: str, rows: int, slots: int, new: int) -> Program:
+    if isinstance(recipe, TokenizerRecipe):
+        return tokenizer_programs.tokenizer_program(recipe, platform)
+    if step == "train":
+        return programs.train_program(recipe, platform)
+    return programs.decode_program(recipe, platform, step, rows, slots, new)
 
 
 def out_of_memory(message: str) -> float | None:
@@ -134,58 +145,6 @@ def out_of_memory(message: str) -> float | None:
 
 def _platform(topology: Topology) -> str:
     return "tpu" if topology.chip.platform == "tpu" else "cuda"
-
-
-def full_counts(recipe: Recipe) -> dict[str, float]:
-    """What a batch holds when every slot is filled by samples of data.sample_length (of a row's length where that is shorter)."""
-    d, batch = recipe.data, recipe.train.global_batch
-    slots, sample = batch * d.row_length, min(d.sample_length or d.row_length, d.row_length)
-    samples = batch * min(d.views_per_row, d.max_samples or d.views_per_row)
-    sample = min(sample, d.row_length / min(d.views_per_row, d.max_samples or d.views_per_row))
-    counts = {"slots": slots, "pairs": slots * sample / 2, "views": batch * d.views_per_row}
-    if recipe.model.encoder_decoder:
-        answers = batch * d.answer_length
-        each = answers / samples
-        counts |= {"answers": answers, "answer_pairs": answers * each / 2, "cross_pairs": answers * sample}
-    return counts
-
-
-def _training_flops(recipe: Recipe) -> tuple[float, float]:
-    """(useful, with recomputation) FLOPs of one update."""
-    cost = training_cost(recipe.model, states.chosen(recipe.model, recipe.train), bool(recipe.data.feature_cache))
-    counts = full_counts(recipe)
-    useful = cost.total(**counts)
-    if recipe.train.remat == "none":
-        return useful, useful
-    forward = training_cost(recipe.model, (), bool(recipe.data.feature_cache))
-    again = Cost(
-        *(f if c > f else 0.0 for f, c in zip(forward, cost))
-    )  # only what gradients pass through is computed again
-    if recipe.train.remat == "linears":
-        again = again._replace(slot=0.0, view=0.0, answer=0.0)
-    return useful, useful + again.total(**counts)
-
-
-def _reading_flops(recipe: Recipe, step: str, rows: int, slots: int) -> tuple[float, float]:
-    """FLOPs of a prefill, or of one token for every row."""
-    forward = training_cost(recipe.model, ())
-    if step == "prefill":
-        one = forward.total(slots, slots * slots / 2, 1)
-        return rows * one, rows * one
-    one = forward.slot + forward.pair * slots
-    return rows * one, rows * one
-
-
-def _bytes_read(recipe: Recipe, made: programs.Program, step: str) -> float:
-    """Bytes of weights, moments, cache and saved activations that one chip must move in a step."""
-    if step != "train":
-        return made.held["parameters"] + made.held.get("cache", 0.0)
-    passes = 2 + (recipe.train.remat != "none")
-    weights = (made.held["parameters"] + made.held["frozen"]) * passes * recipe.train.accum
-    update = (
-        2 * made.held["optimizer"] + 3 * made.held["parameters"]
-    )  # moments in and out; gradients in, parameters in and out
-    return weights + update + 2 * made.saved * recipe.train.accum
 
 
 def mesh_of(text: str, default: MeshConfig) -> MeshConfig:
@@ -202,9 +161,12 @@ def mesh_of(text: str, default: MeshConfig) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def describe(model: Any) -> str:
-    """A model in a word, e.g. "4096 x 32"."""
-    llm = model.llm
+def describe(recipe: Recipe | TokenizerRecipe) -> str:
+    """A model in a word, e.g. "4096 x 32" (width x layers), or "vq tokenizer 128 x 5" (width x levels)."""
+    if isinstance(recipe, TokenizerRecipe):
+        t = recipe.tokenizer
+        return f"{t.quantizer.kind} tokenizer {t.autoencoder.width} x {t.autoencoder.levels}"
+    llm = recipe.model.llm
     layers = llm.layers if isinstance(llm, LLMConfig) else llm.encoder_layers + llm.decoder_layers
     return f"{llm.width} x {layers}"
 

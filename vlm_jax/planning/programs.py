@@ -1,19 +1,21 @@
 """The programs that a recipe runs, lowered for devices that are not there: shapes and shardings in, nothing allocated.
 
 train     one update of the recipe, with its batch [A, B, ...]
-prefill   `rows` prompts of `slots` slots and one image each into a cache with room for `new` tokens
+prefill   `rows` prompts of `slots` slots and one image each into a cache with room for `new` tokens; an encoder-decoder's encoder reads
+          them, and the cache holds the keys and values of cross-attention too
 decode    the loop of single tokens over that cache
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.config import ConfigError, T5Config, VLMConfig
+from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.generate.programs import programs
 from vlm_jax.generate.sampling import Settings
 from vlm_jax.models import vlm
@@ -25,15 +27,18 @@ from vlm_jax.train.options import TrainConfig
 from vlm_jax.train.step import batch_shardings, compute_of, make_step
 
 Tree = Any
+PROMPT = ("tower/", "projector/", "llm/encoder/")  # parameters that read prompts and write nothing
 
 
 class Program(NamedTuple):
     """A lowered program, bytes of its arguments on one chip by kind, and bytes that the backward pass keeps of the forward pass
-    (per chip, without the parameters)."""
+    (per chip, without the parameters). unread: bytes of parameters that a chip holds and does not use in this program.
+    """
 
     lowered: jax.stages.Lowered
     held: dict[str, float]
-    saved: float
+    saved: float = 0.0
+    unread: float = 0.0
 
 
 def per_chip(tree: Tree) -> float:
@@ -86,32 +91,38 @@ def train_program(recipe: Recipe, platform: str) -> Program:
 
 
 def saved_bytes(model: VLMConfig, config: TrainConfig, state: states.TrainState, batch: Tree) -> float:
-    """Bytes per chip that the backward pass keeps of one micro-batch: residuals that grow with its rows."""
+    """Bytes per chip that the backward pass keeps of one micro-batch."""
     micro = {key: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for key, x in batch.items()}
     rows = next(iter(micro.values())).shape[0]
 
-    def residuals(trainable: Tree, frozen: Tree, rows: Tree) -> Tree:
-        def hidden(trainable: Tree) -> jax.Array:
-            return vlm.forward(vlm.build(model, {**frozen, **trainable}), rows, compute_of(config))
+    def hidden(trainable: Tree, frozen: Tree, rows: Tree) -> jax.Array:
+        return vlm.forward(vlm.build(model, {**frozen, **trainable}), rows, compute_of(config))
 
-        return jax.vjp(hidden, trainable)[1]
+    views = rows * (micro["images"] if "images" in micro else micro["features"]).shape[1]
+    return kept_bytes(hidden, (*without_places((state.trainable, state.frozen)), micro), {rows, views})
 
-    plain = [
-        {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in part.items()} for part in (state.trainable, state.frozen)
-    ]
-    found = jax.tree.leaves(jax.eval_shape(residuals, *plain, micro))
+
+def without_places(tree: Tree) -> Tree:
+    """ShapeDtypeStructs without their shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def kept_bytes(function: Callable[..., Any], arguments: tuple, rows: set[int]) -> float:
+    """Bytes per chip of what differentiating `function` by its first argument keeps: residuals that have one of `rows` as an axis."""
+
+    def residuals(first: Tree, *rest: Tree) -> Tree:
+        return jax.vjp(lambda x: function(x, *rest), first)[1]
+
+    found = jax.tree.leaves(jax.eval_shape(residuals, *arguments))
     mesh, table = rules.current()
     parts = int(np.prod([mesh.shape[a] for a in (*table["batch"], *table["length"])]))
-    views = rows * (micro["images"] if "images" in micro else micro["features"]).shape[1]
-    grown = [x for x in found if {rows, views} & set(x.shape[:3])]
+    grown = [x for x in found if rows & set(x.shape[:3])]
     return sum(float(np.prod(x.shape)) * x.dtype.itemsize for x in grown) / parts
 
 
 def decode_program(recipe: Recipe, platform: str, step: str, rows: int, slots: int, new: int) -> Program:
-    """`prefill` or `decode` of the recipe's model in bfloat16 under the mesh in use; encoder-decoders have no such loop of one shape."""
+    """`prefill` or `decode` of the recipe's model in bfloat16 under the mesh in use."""
     model = recipe.model
-    if isinstance(model.llm, T5Config):
-        raise ConfigError(f"--step {step} plans decoder-only models: use --step train for {type(model.llm).__name__}")
     if slots <= model.vision.features:
         raise ConfigError(
             f"--slots {slots} leaves no room for a prompt beside the {model.vision.features} slots of its image"
@@ -139,14 +150,16 @@ def decode_program(recipe: Recipe, platform: str, step: str, rows: int, slots: i
     state = prefill.out_info
     held = {"parameters": per_chip(params), "batch": per_chip(batch)}
     if step == "prefill":
-        return Program(prefill.lower(lowering_platforms=(platform,)), held, 0.0)
+        return Program(prefill.lower(lowering_platforms=(platform,)), held)
     split = (None, "batch", None, "act_heads", None)
     cache = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(split, x.shape, mesh, table))
-        for name, x in (("k", state.cache.k), ("v", state.cache.v))
+        for name, x in state.cache._asdict().items()
+        if x.ndim == len(split)
     }
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    state = without_places(state)
     state = state._replace(cache=state.cache._replace(**cache))
     upto = jax.ShapeDtypeStruct((), jnp.int32)
     decode = jitted.decode.trace(params, state, settings, eos, upto, plain=True)
-    return Program(decode.lower(lowering_platforms=(platform,)), held | {"cache": per_chip(cache)}, 0.0)
+    unread = per_chip({path: x for path, x in params.items() if path.startswith(PROMPT)})
+    return Program(decode.lower(lowering_platforms=(platform,)), held | {"cache": per_chip(cache)}, unread=unread)
