@@ -50,6 +50,24 @@ def test_logits_can_be_rounded_as_bfloat16_models_round_them():
         assert abs(float(loss) - float(cross_entropy(x, w, y, m, 7).loss)) > 1e-3, "rounding matters"
 
 
+def test_groups_without_loss_are_skipped_on_one_device_alone(monkeypatch):
+    """The same sums and gradients as with every group computed, with weights on a tenth of the slots."""
+    x, w, y, _ = case(T=32)
+    m = (np.random.default_rng(1).random(y.shape) < 0.1).astype(np.float32)
+
+    def found(one_device):
+        monkeypatch.setattr("vlm_jax.train.losses.alone", lambda: one_device)
+
+        def loss(x, w):
+            sums = cross_entropy(x, w, y, m, 4)
+            return sums.loss, sums
+
+        assert ("cond" in str(jax.make_jaxpr(loss)(x, w))) == one_device
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found(True), found(False))
+
+
 def test_no_supervised_token_gives_zeros():
     x, w, y, m = case()
     sums = cross_entropy(x, w, y, m * 0, 8)

@@ -12,7 +12,7 @@ from vlm_jax.config import LoRAConfig, QuantConfig
 from vlm_jax.nn import quantise
 from vlm_jax.nn.dropout import dropout
 from vlm_jax.nn.params import normal, ones, param, zeros
-from vlm_jax.parallel.rules import shard
+from vlm_jax.parallel.rules import alone, platform, shard
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -27,6 +27,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+def product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """[..., in] @ [in, out] -> [..., out]; dtype: of the sums and the result (default: of x).
+
+    On one CPU the leading axes become one, because XLA's backward pass is then 15 % faster there; elsewhere they stay apart, so that each
+    keeps its sharding.
+    """
+    if x.ndim > 2 and platform() == "cpu" and alone():
+        rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 class Linear(nnx.Module):
@@ -85,7 +97,7 @@ class Linear(nnx.Module):
         return w if self.lora_a is None else w + (self.lora_a[...] * self.lora_scale[...]) @ self.lora_b[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype) if self.quant is None else self._quantised_product(x)
+        y = product(x, self.kernel[...].astype(x.dtype)) if self.quant is None else self._quantised_product(x)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return y if self.lora_a is None else y + self._adapter(x)
 
@@ -95,16 +107,16 @@ class Linear(nnx.Module):
     def _quantised_product(self, x: jax.Array) -> jax.Array:
         """x W; what a backward pass keeps are the leaves, never the dequantised kernel (which scan would stack over all layers)."""
 
-        def product(x: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:
-            return x @ quantise.dequantise(leaves, self.quant, x.dtype)
+        def dequantised(x: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:
+            return product(x, quantise.dequantise(leaves, self.quant, x.dtype))
 
-        return jax.checkpoint(product, prevent_cse=False)(x, self._leaves())
+        return jax.checkpoint(dequantised, prevent_cse=False)(x, self._leaves())
 
     def _adapter(self, x: jax.Array) -> jax.Array:
         """((dropout(x) A) s) B, the narrow product scaled in float32."""
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-        narrow = jnp.matmul(dropout(x, self.rate, self.place), a, preferred_element_type=jnp.float32)
-        return (narrow * self.lora_scale[...]).astype(x.dtype) @ b
+        narrow = product(dropout(x, self.rate, self.place), a, jnp.float32)
+        return product((narrow * self.lora_scale[...]).astype(x.dtype), b)
 
 
 class Embedding(nnx.Module):

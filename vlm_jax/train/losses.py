@@ -3,8 +3,11 @@
     loss = sum_bt weights[b,t] (logsumexp_v z[b,t,:] - z[b,t,targets[b,t]]),   z = hidden @ kernel in float32
 
 The slots of a row are cut into n groups; a scan computes the logits of one group at a time and the backward
-pass computes them again. Group c holds slots c, c + n, c + 2n, ...: so every group has slots from each shard
-of the sequence axis, and as only sums are taken the order is free.
+pass computes them again. As only sums are taken the order is free:
+
+    several devices   group c holds slots c, c + n, c + 2n, ...: every group has slots from each shard of the sequence axis
+    one device        slots with a weight come first, and a group in which no row has any is skipped (prompts, image features
+                      and padding are two thirds of LLaVA's slots)
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.parallel.rules import shard
+from vlm_jax.nn.layers import product
+from vlm_jax.parallel.rules import alone, shard
 
 
 class LossSums(NamedTuple):
@@ -40,15 +44,23 @@ def cross_entropy(
     slots = hidden.shape[1]
     groups = -(-slots // chunk)
     per_group = -(-slots // groups)
+    zero = jnp.zeros((), jnp.float32)
+    nothing = LossSums(zero, zero, zero)
+    skipping = alone() and groups > 1
+    if skipping:
+        order = jnp.argsort(weights == 0, axis=1, stable=True)
+        hidden, targets, weights = (_in_order(x, order) for x in (hidden, targets, weights))
 
     def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [groups, B, per_group, ...]
         padding = [(0, 0), (0, groups * per_group - slots)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], per_group, groups, *x.shape[2:]), 2, 0)
+        x = jnp.pad(x, padding)
+        if skipping:
+            return jnp.moveaxis(x.reshape(x.shape[0], groups, per_group, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], per_group, groups, *x.shape[2:]), 2, 0)
 
-    @jax.checkpoint
     def sums(x: jax.Array, y: jax.Array, w: jax.Array) -> LossSums:
         # the cast belongs inside, so that the gradient of the kernel adds up over the groups in its own dtype
-        logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = product(x, kernel.astype(x.dtype), jnp.float32)
         if logits_dtype == "bfloat16":  # not by casts, which the compiler may leave out
             logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=7)
         logits = shard(logits, "batch", "length", "act_vocab")
@@ -59,8 +71,18 @@ def cross_entropy(
         target = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
         return LossSums(jnp.sum((normaliser - target) * w), jnp.sum(w), jnp.sum((target >= highest) * w))
 
-    def add(total: LossSums, group: tuple) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, sums(*group)), None
+    @jax.checkpoint  # around the choice too, so that what it keeps are the group's inputs and not a kernel per group
+    def of_group(x: jax.Array, y: jax.Array, w: jax.Array) -> LossSums:
+        if not skipping:
+            return sums(x, y, w)
+        return jax.lax.cond(jnp.any(w != 0), sums, lambda *_: nothing, x, y, w)
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, LossSums(zero, zero, zero), (cut(hidden), cut(targets), cut(weights)))[0]
+    def add(total: LossSums, group: tuple) -> tuple[LossSums, None]:
+        return jax.tree.map(jnp.add, total, of_group(*group)), None
+
+    return jax.lax.scan(add, nothing, (cut(hidden), cut(targets), cut(weights)))[0]
+
+
+def _in_order(x: jax.Array, order: jax.Array) -> jax.Array:
+    """x [B, T, ...] with the slots of row b in the order order[b], a permutation."""
+    return jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
