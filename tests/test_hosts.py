@@ -1,4 +1,4 @@
-"""Two processes with one device each train like one: start-up, own rows, one checkpoint, equal losses."""
+"""Start-up under every launcher, limits, and who measures the data; what a run of several processes does is tests/contracts/test_hosts."""
 
 import os
 import socket
@@ -7,43 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster, cluster
 
 from vlm_jax.config import ConfigError
 from vlm_jax.parallel import hosts
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
-from vlm_jax.train.metrics import read_metrics
-
-SCRIPT = """
-import dataclasses, os, sys
-import jax
-from tests.small_runs import Batches, EXACT, MODEL, Weights
-from vlm_jax.parallel import hosts
-from vlm_jax.parallel.mesh import make_mesh
-from vlm_jax.train.loop import train
-from vlm_jax.train.options import STAGE1
-
-hosts.initialise()
-mesh = make_mesh()
-index, count = hosts.data_shard(mesh)
-assert (index, count) == (jax.process_index(), jax.process_count()), (index, count)
-
-class Mine(Batches):
-    def __next__(self):
-        step, rows = super().__next__()
-        each = len(rows["tokens"]) // count
-        return step, {k: v[index * each : (index + 1) * each] for k, v in rows.items()}
-
-config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=4, steps=int(sys.argv[2]), save_every=2)
-def batches(start, state):
-    return Mine(start, rows=4)
-
-result = train(config, MODEL, batches, sys.argv[1], mesh=mesh, source=Weights(), progress=False)
-print("ended:", result.status, result.step, flush=True)
-os._exit(0)
-"""
-
 
 MEASURING = """
 import os, sys
@@ -81,7 +50,7 @@ os._exit(0)
 """
 
 
-def launch(folder, processes, steps, script=SCRIPT):
+def launch(folder, processes, argument, script):
     """Run the script in `processes` processes; their outputs. A process that hangs is killed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -99,7 +68,7 @@ def launch(folder, processes, steps, script=SCRIPT):
             if processes > 1
             else {}
         )
-        command = [sys.executable, "-c", script, str(folder), str(steps)]
+        command = [sys.executable, "-c", script, str(folder), str(argument)]
         running.append(
             subprocess.Popen(command, env=env | joined, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -108,21 +77,6 @@ def launch(folder, processes, steps, script=SCRIPT):
     finally:
         for p in running:
             p.kill()
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path):
-    alone = launch(tmp_path / "one", 1, 4)
-    assert "ended: finished 4" in alone[0], alone[0]
-    together = launch(tmp_path / "two", 2, 4)
-    assert all("ended: finished 4" in text for text in together), together
-    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-    assert [m["step"] for m in two] == [1, 2, 3, 4]
-    for a, b in zip(one, two):
-        assert a["tokens"] == b["tokens"] and a["views"] == b["views"] and a["padding"] == b["padding"]
-        np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-5)
-    again = launch(tmp_path / "two", 1, 6)  # the checkpoint of two processes continues in one
-    assert "ended: finished 6" in again[0], again[0]
 
 
 @pytest.mark.slow
@@ -140,8 +94,121 @@ def test_one_process_loads_every_row():
         assert hosts.data_shard(make_mesh(config, jax.devices())) == (0, 1)
 
 
-def test_a_coordinator_without_a_number_of_processes(monkeypatch):
-    monkeypatch.setenv("VLM_JAX_COORDINATOR", "localhost:1")
-    monkeypatch.delenv("VLM_JAX_PROCESSES", raising=False)
-    with pytest.raises(ConfigError, match="VLM_JAX_PROCESSES='' must be a number"):
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax would be told: [(coordinator, processes, process, limits)], with what it finds out by itself on this host."""
+    for name in [*os.environ]:
+        if name.startswith(("VLM_JAX_", "SLURM_", "MEGASCALE_", "TPU_", "JAX_COORD")):
+            monkeypatch.delenv(name)
+    calls = []
+
+    def initialize(coordinator=None, processes=None, process=None, **limits):
+        found = cluster.ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator, processes, process, None, None, limits["initialization_timeout"]
+        )
+        calls.append((*found[:3], limits))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(cloud_tpu_cluster.socket, "gethostbyname", lambda name: "10.0.0.1")
+    return calls
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    monkeypatch.setattr(hosts, "_on_tpu_host", lambda: True)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
+
+
+def set_all(monkeypatch, **values):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_alone_nothing_is_joined(joined):
+    hosts.initialise()
+    hosts.initialise("", -1, -1, 0.0, 0.0)  # the flags' defaults
+    assert joined == []
+
+
+def test_a_coordinator_by_arguments_and_by_variables(joined, monkeypatch):
+    hosts.initialise("a:1234", 4, 3, 20.0, 50.0)
+    limits = {"initialization_timeout": 20 + hosts.MARGIN, "heartbeat_timeout_seconds": 50 + hosts.MARGIN}
+    assert joined.pop() == ("a:1234", 4, 3, limits)
+    set_all(monkeypatch, VLM_JAX_COORDINATOR="b:1", VLM_JAX_PROCESSES="8", VLM_JAX_PROCESS="0")
+    set_all(monkeypatch, VLM_JAX_CONNECT_SECONDS="7", VLM_JAX_HEARTBEAT_SECONDS="9")
+    hosts.initialise()
+    assert joined.pop() == ("b:1", 8, 0, {"initialization_timeout": 37, "heartbeat_timeout_seconds": 39})
+    hosts.initialise("c:2", -1, 5)
+    assert joined.pop()[:3] == ("c:2", 8, 5), "what is given wins, the rest is from the variables"
+
+
+def test_slurm(joined, monkeypatch):
+    set_all(monkeypatch, SLURM_JOB_ID="4096", SLURM_STEP_NODELIST="gpu[007-009],other", SLURM_NTASKS="16")
+    set_all(monkeypatch, SLURM_PROCID="9", SLURM_LOCALID="1", SLURM_STEP_NUM_TASKS="16")
+    hosts.initialise()
+    assert joined.pop()[:3] == ("gpu007:61440", 16, 9)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # python typed in a job's shell
+    hosts.initialise()
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    "slices, expected",
+    [
+        ({}, ("w0:8482", 4, 2)),
+        (
+            {"MEGASCALE_COORDINATOR_ADDRESS": "s0w0:8080", "MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "1"},
+            ("s0w0:8482", 12, 6),
+        ),
+    ],
+    ids=["one slice", "three slices"],
+)
+def test_gke_and_tpu_vms(joined, on_tpu, monkeypatch, slices, expected):
+    """A slice of four hosts, this one the third; several slices are told by MEGASCALE_*, on TPU VMs through the metadata server."""
+    settings = {"TPU_WORKER_HOSTNAMES": "w0,w1,w2,w3", "TPU_WORKER_ID": "2", "TPU_SKIP_MDS_QUERY": "1"} | slices
+    with monkeypatch.context() as gke:
+        set_all(gke, **settings | {"MEGASCALE_COORDINATOR_ADDRESS": slices.get("MEGASCALE_COORDINATOR_ADDRESS", "")})
+        set_all(gke, **{name: slices.get(name, "") for name in ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")})
         hosts.initialise()
+    assert joined.pop()[:3] == expected
+    metadata = {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": "w0,w1,w2,w3",
+        "tpu-env": "\n".join(f"{name}: '{value}'" for name, value in slices.items()),
+    }
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
+    hosts.initialise()
+    assert joined.pop()[:3] == expected
+
+
+def test_what_the_cluster_cannot_tell_is_one_sentence(joined, on_tpu, monkeypatch):
+    def unreachable(key):
+        raise RuntimeError(f"Getting metadata['{key}'] failed for 6 tries")
+
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", unreachable)
+    with pytest.raises(
+        ConfigError, match=r"^the other processes could not be joined: Getting metadata.*give --coordinator"
+    ):
+        hosts.initialise()
+
+
+@pytest.mark.parametrize(
+    "arguments, variables, sentence",
+    [
+        (("localhost", 2, 0), {}, "the coordinator 'localhost' must be HOST:PORT of process 0"),
+        (("localhost:1", 2, 2), {}, "process 2 of 2 cannot be: --process_id goes from 0 to --process_count - 1"),
+        ((), {"VLM_JAX_COORDINATOR": "localhost:1"}, "VLM_JAX_PROCESSES='' must be a number"),
+        (
+            ("localhost:1", 2, 0),
+            {"VLM_JAX_CONNECT_SECONDS": "soon"},
+            "VLM_JAX_CONNECT_SECONDS='soon' must be a positive",
+        ),
+        (("localhost:1", 2, 0), {"VLM_JAX_HEARTBEAT_SECONDS": "0"}, "VLM_JAX_HEARTBEAT_SECONDS='0' must be a positive"),
+    ],
+)
+def test_mistakes(joined, monkeypatch, arguments, variables, sentence):
+    set_all(monkeypatch, **variables)
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        hosts.initialise(*arguments)
+    assert joined == []

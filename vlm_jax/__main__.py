@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from vlm_jax.evaluate.image_flags import COMPARING
 from vlm_jax.flag_kinds import Define, many, number, several, switch, text
+from vlm_jax.generate.imagine_flags import CHECKPOINT, DRAWING
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -79,33 +80,14 @@ COMMANDS: dict[str, Command] = {
             number("process_id", -1, "index of this process, with --coordinator"),
             number("process_count", -1, "number of processes, with --coordinator"),
             number("stopped_code", 0, "exit code after SIGTERM; clusters start a job again that does not end with 0"),
+            number("connect_seconds", 0.0, "how long processes wait for each other at the start; 0: 300"),
+            number("heartbeat_seconds", 0.0, "how long a process may be silent before the others stop; 0: 100"),
         ),
         "vlm_jax.train.command:train",
     ),
     "imagine": Command(
         "draw pictures from a prior over the codes of a visual tokenizer, for classes or captions",
-        (
-            text("prior", None, "a prior's directory, a training run of one, or a LlamaGen checkpoint (with --grid)"),
-            text("tokenizer", None, "the visual tokenizer whose codes it draws: a directory or an original checkpoint"),
-            text("out", None, "folder for the pictures, grid.png and samples.json"),
-            text("classes", "", "numbers of classes, e.g. 207,360"),
-            many("text", "caption, for a prior of captions; repeat for several"),
-            text("t5", "", "directory of the T5 that makes features of --text: FLAN-T5 XL for LlamaGen's"),
-            text(
-                "captions", "", "instead of --text: npz file with features of captions [N, S, C] and their mask [N, S]"
-            ),
-            number("count", 1, "pictures of every class or caption"),
-            number("scale", 4.0, "guidance away from no condition; 1 is off"),
-            number("interval", -1, "guide only the first INTERVAL + 2 codes; -1 guides all"),
-            number("temperature", 1.0, "0 takes the most probable code"),
-            number("top_k", 2000, "keep the k most probable codes; 0 keeps all"),
-            number("top_p", 1.0, "keep the smallest set of codes with this probability"),
-            number("seed", 0, "random seed"),
-            number("batch", 8, "pictures drawn together"),
-            DTYPE,
-            number("grid", 0, "codes per side, which a LlamaGen checkpoint does not tell: 16, 24, 32"),
-            number("heads", 0, "heads of a LlamaGen checkpoint of a size that is not published"),
-        ),
+        DRAWING,
         "vlm_jax.generate.imagine:imagine",
     ),
     "plan": Command(
@@ -114,7 +96,11 @@ COMMANDS: dict[str, Command] = {
             config,
             text("topology", None, "v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, h200:1, ..."),
             text("mesh", "", "e.g. fsdp=64,tensor=4; default: config.mesh"),
-            text("step", "train", "train, prefill or decode"),
+            text(
+                "step",
+                "train",
+                "train (of whatever the recipe trains), tokenizer (the same, of a visual tokenizer), prefill or decode",
+            ),
             switch("search", "try mesh, train.accum and train.remat, and print the fastest that fits"),
             number("rows", 8, "with prefill or decode: prompts at once"),
             number("slots", 1024, "with prefill or decode: slots of a prompt"),
@@ -155,7 +141,11 @@ COMMANDS: dict[str, Command] = {
             text("projector", "", "mm_projector.bin or safetensors that replaces the projector"),
             text("base", "", "model that the adapter or the delta weights in --from belong to"),
             switch("merge", "put the adapter into its base and write a model; without it an adapter stays one"),
-            text("extract", "", "projector: write only that, as a torch file such as mm_projector.bin"),
+            text(
+                "extract",
+                "",
+                "projector: write only that, as a torch file; prior: that of a checkpoint with its tokenizer",
+            ),
             text("delta", "", "make: write the difference of --from from --base; apply: add it to --base again"),
             text("dtype", "", "bfloat16, float16 or float32; default: as read"),
             text(
@@ -168,6 +158,7 @@ COMMANDS: dict[str, Command] = {
             text("tokenizer", "", "folder whose tokenizer is written instead of the one read"),
             text("tower", "", "what an original LLaVA config.json shall name as mm_vision_tower"),
             text("config_name", "", "of a visual tokenizer: vq16, rq, hq ...; default: told by its tensors"),
+            *CHECKPOINT,
         ),
         "vlm_jax.train.export:convert",
     ),
@@ -385,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (
         OSError
-    ) as error:  # a folder that cannot be written, a disk that is full; without a file name it is none of the user's
+    ) as error:  # a folder that cannot be written, a full disk; without a file name it is none of the user's
         if error.filename is None:
             raise
         print(f"vlm_jax: {error.filename}: {error.strerror}", file=sys.stderr)

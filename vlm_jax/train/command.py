@@ -34,14 +34,19 @@ SHOWN = 5  # records per source that are named before training
 
 
 def train(
-    config: Any, coordinator: str = "", process_id: int = -1, process_count: int = -1, stopped_code: int = 0
+    config: Any,
+    coordinator: str = "",
+    process_id: int = -1,
+    process_count: int = -1,
+    stopped_code: int = 0,
+    connect_seconds: float = 0.0,
+    heartbeat_seconds: float = 0.0,
 ) -> int:
     """Run the recipe in ConfigDict `config`; returns the exit code: `stopped_code` where SIGTERM ended it before its last step."""
-    several = (coordinator, process_count, process_id) if coordinator else (None, None, None)
-    hosts.initialise(*several)
-    recipe = recipes.from_config(config)
-    other = run_prior_recipe if isinstance(recipe, PriorRecipe) else run_tokenizer_recipe
-    result = (run_recipe if isinstance(recipe, Recipe) else other)(recipe)
+    with hosts.joined(coordinator, process_count, process_id, connect_seconds, heartbeat_seconds):
+        recipe = recipes.from_config(config)
+        other = run_prior_recipe if isinstance(recipe, PriorRecipe) else run_tokenizer_recipe
+        result = (run_recipe if isinstance(recipe, Recipe) else other)(recipe)
     return stopped_code if result.status == "stopped" else 0
 
 

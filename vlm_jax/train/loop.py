@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from vlm_jax.config import UserError, VLMConfig
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.parallel.mesh import make_mesh
-from vlm_jax.train import metrics
+from vlm_jax.train import compiled, metrics
 from vlm_jax.train.checkpoint import Checkpointer
 from vlm_jax.train.feed import Feed, OpenBatches
 from vlm_jax.train.options import TrainConfig
@@ -111,6 +111,7 @@ def run_task(
     began, run, total = time.perf_counter(), Path(run), task.config.total_steps(available_steps)
     saved_config = saved_config or task.saved_config()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(compiled.kept(task.config.compile_cache, run))
         stack.enter_context(rules.use(mesh or make_mesh(), table))
         checkpoints = Checkpointer(run / "checkpoints", task.config.keep)
         stack.callback(checkpoints.close)
@@ -234,7 +235,9 @@ class Loop:
         self.step += 1
         self._pending.append((self.step, given, results))
         if len(self._pending) > 1:
+            began = time.perf_counter()
             jax.block_until_ready(self._pending[-2][2]["loss"])
+            self._blocked += time.perf_counter() - began
         if self._tracing and self.step >= last:
             jax.block_until_ready(results["loss"])
             jax.profiler.stop_trace()
@@ -245,17 +248,21 @@ class Loop:
         """Fetch and write the metrics since the last report; raise at the first that is not finite."""
         if not self._pending:
             return
+        began = time.perf_counter()
         fetched = [(step, given, jax.device_get(results)) for step, given, results in self._pending]
+        self._blocked += time.perf_counter() - began
         seconds, waited = time.perf_counter() - self._clock, self._feed.waited - self._waited
+        hosts.share((seconds - self._blocked) / len(fetched))
         lines = [self.task.line(*one, self._feed.shapes) for one in fetched]
         lines[-1] |= self.speed.window([results for _, _, results in fetched], seconds, waited) | self._feed.counts()
+        lines[-1] |= metrics.straggler(hosts.shared(), seconds / len(fetched))
         for line in lines:
             if words := metrics.not_finite(line):
                 self._writer.flush()
                 raise TrainingError(self._not_finite(line["step"], words))
             self._writer.write(line)
         self._writer.flush()
-        self._bar.update(len(lines), self.speed.words(lines[-1]))
+        self._bar.update(len(lines), self.speed.words(lines[-1]) + metrics.slow_words(lines[-1]))
         self._restart_clock()
 
     def _not_finite(self, step: int, words: str) -> str:
@@ -266,4 +273,4 @@ class Loop:
 
     def _restart_clock(self) -> None:
         self._pending = []
-        self._clock, self._waited = time.perf_counter(), self._feed.waited
+        self._clock, self._waited, self._blocked = time.perf_counter(), self._feed.waited, 0.0

@@ -3,8 +3,9 @@
     {"step": 1, "lr": ..., "loss": ..., "token_accuracy": ..., "tokens": ..., "samples": ..., ...}
 
 One JSON object per update, floats written exactly; `step` counts finished updates. The last line of each
-logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall) and what of the
-data is not trained on (unusable_samples, samples_without_loss, cut_samples).
+logging window also has the speeds (tokens_per_second, tflops_per_second_per_device, mfu, data_stall), with several processes which of
+them holds the others up (slowest_process, straggler), and what of the data is not trained on (unusable_samples,
+samples_without_loss, cut_samples).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,23 @@ class Speed:
         speed = f"{line['mfu']:.1%} MFU" if "mfu" in line else f"{line['tflops_per_second_per_device']:.3g} TFLOP/s"
         rate, stall = f"{line['tokens_per_second']:,.0f} tok/s", f"data stall {line['data_stall']:.0%}"
         return f"loss {line['loss']:.4f}, {rate}, {speed}, {stall}"
+
+
+def straggler(own: Mapping[int, float], step: float) -> dict[str, float]:
+    """The process with the most work of its own and how much of a step that is beyond the median process's.
+
+    own: {process: seconds per step in which it does not wait for its devices}; step: seconds of a step. All processes take the same
+    time for a step, as its collectives wait for the last: the slow one is known by waiting less.
+    """
+    if len(own) < 2:
+        return {}
+    slowest = max(own, key=own.__getitem__)
+    return {"slowest_process": slowest, "straggler": (own[slowest] - statistics.median_low(own.values())) / step}
+
+
+def slow_words(line: Mapping[str, Any]) -> str:
+    """What a line says about the slowest process, for the progress bar; empty with one process."""
+    return f", process {line['slowest_process']} +{line['straggler']:.0%}" if "straggler" in line else ""
 
 
 def median_of(rates: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -44,7 +44,8 @@ class RunConfig:
     no_decay: regular expressions of paths without weight decay.
     warmup_steps: None: ceil(warmup_ratio * steps). clip_norm: None does not clip. moment_dtype: of Adam's first moment.
     profile: (first, last) step of a jax.profiler trace. max_bad_samples: broken records and images that may be skipped before the
-        run stops (None: data.max_bad_share alone decides).
+        run stops (None: data.max_bad_share alone decides). compile_cache: folder of compiled programs: "run" (inside the run's), a
+        path, or empty for none (see train.compiled).
     """
 
     steps: int | None = None
@@ -70,6 +71,7 @@ class RunConfig:
     max_bad_samples: int | None = None
     tensorboard: bool = False
     wandb: bool = False
+    compile_cache: str = "run"
 
     def __post_init__(self):
         one_of("train.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.config import ConfigError, VLMConfig
@@ -28,6 +27,7 @@ from vlm_jax.nn.quantise import is_quantised
 from vlm_jax.parallel import rules
 from vlm_jax.train import optimizer
 from vlm_jax.train.options import TrainConfig
+from vlm_jax.train.placing import place
 
 
 @functools.partial(
@@ -133,7 +133,7 @@ def create(model: VLMConfig, config: TrainConfig, source: LeafSource | None = No
     from_source = [path for path in goal.params if source is not None and path in source]
     missing = set(goal.params) - set(from_source)
     params = initialiser(model, config, missing)() if missing else {}
-    params |= {path: _place(source, path, goal.params[path]) for path in from_source}
+    params |= {path: place(source, path, goal.params[path]) for path in from_source}
     return assemble(model, config, params)
 
 
@@ -149,14 +149,3 @@ def assemble(model: VLMConfig, config: TrainConfig, params: Params) -> TrainStat
     )
     step, rng = rest()
     return TrainState(step, trainable, frozen, start(trainable), rng)
-
-
-def _place(source: LeafSource, path: str, goal: jax.ShapeDtypeStruct) -> jax.Array:
-    """One parameter from the source to its devices, each device reading only its slice."""
-
-    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(source.read(path, index)).astype(goal.dtype)
-
-    if goal.sharding is None:
-        return jnp.asarray(slice_of(tuple(slice(0, n) for n in goal.shape)))
-    return jax.make_array_from_callback(goal.shape, goal.sharding, slice_of)
