@@ -69,8 +69,10 @@ class Linear(nnx.Module):
         *layers, din, dout = self.shape
         bound = din**-0.5
         a = jax.random.uniform(key, (*layers, din, group.rank), jnp.float32, -bound, bound)
-        self.lora_a = nnx.Param(a, axes=(self.axes[0], None))
-        self.lora_b = nnx.Param(jnp.zeros((*layers, group.rank, dout), jnp.float32), axes=(None, self.axes[1]))
+        # where in or out is not what FSDP cuts, the ranks are, or the factor and its moments would be whole on every chip
+        over = ["embed" if name != "embed" else None for name in self.axes]
+        self.lora_a = nnx.Param(a, axes=(self.axes[0], over[0]))
+        self.lora_b = nnx.Param(jnp.zeros((*layers, group.rank, dout), jnp.float32), axes=(over[1], self.axes[1]))
         self.lora_scale = nnx.Param(jnp.full((*layers, group.rank), group.scale, jnp.float32), axes=(None,))
         self.rate, self.place = group.dropout, place
 
