@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,38 @@ def test_a_slurm_job_runs_a_process_for_every_gpu():
     install, step = dry("slurm.sbatch")
     assert install[-2:] == ["launch/run.sh", "--help"] and step[0] == "srun"
     assert step[-6:] == [*TRAIN[1:], "--stopped_code", "75"]
+
+
+def stand_in(folder: Path, **bodies: str) -> None:
+    """Put scripts of these names and bodies into `folder`, for programs that are not here."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "code, restarts, again",
+    [(0, 0, False), (1, 0, False), (75, 30, True), (137, 0, True), (137, 20, False)],
+    ids=["done", "error", "saved", "lost", "lost too often"],
+)
+def test_a_slurm_job_is_queued_again_when_that_helps(tmp_path, code, restarts, again):
+    stand_in(tmp_path, env="", srun=f"exit {code}", scontrol='echo "$@"')
+    place = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *TRAIN], capture_output=True, text=True, env=place)
+    assert done.returncode == code
+    assert done.stdout.splitlines()[-1:] == ["requeue 7"] if again else "requeue" not in done.stdout
+
+
+def test_a_slurm_job_that_is_preempted_waits_for_the_save(tmp_path):
+    saves = f"trap 'sleep 0.3; exit 75' TERM; echo $$ > {tmp_path}/pid; for i in $(seq 100); do sleep 0.1; done"
+    stand_in(tmp_path, env="", srun=saves, scancel=f"kill -TERM $(cat {tmp_path}/pid)", scontrol='echo "$@"')
+    place = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), *TRAIN], stdout=subprocess.PIPE, text=True, env=place)
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.05)
+    job.terminate()
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == 75 and said.splitlines()[-1] == "requeue 7"
 
 
 @pytest.mark.parametrize(
