@@ -145,6 +145,7 @@ def test_only_adapters_and_projector_move(quant):
         assert kinds["kernel"] == "bfloat16"
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """With dropout, on a quantised base, from a checkpoint that holds base, adapters and moments; no source is given again."""
     model = dataclasses.replace(FEW, quant=QUANT)

@@ -65,6 +65,7 @@ def test_a_run_learns_stops_and_goes_on(tmp_path):
     assert np.abs(exported.params["embed/embedding"] - rest.state.trainable["embed/embedding"]).max() > 1e-5
 
 
+@pytest.mark.long
 def test_the_command_trains_captions(tmp_path):
     arguments = [
         "train",
@@ -130,6 +131,7 @@ def test_texts_are_cut_and_padded(tmp_path):
         known.of(3, Draws(0, 0, 3))
 
 
+@pytest.mark.long
 def test_micro_batches_give_the_gradient_of_the_batch():
     still = dataclasses.replace(SMOKE.prior, condition_dropout=0, token_dropout=0, residual_dropout=0, mlp_dropout=0)
     recipe, rng = dataclasses.replace(SMOKE, prior=still), np.random.RandomState(0)

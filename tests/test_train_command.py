@@ -132,6 +132,7 @@ def test_bad_records_are_named_before_training_and_bounded(run, tmp_path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_fake_mesh_trains_to_the_same_loss(tmp_path):
     """The command itself on eight devices, fsdp x tensor, against one device."""
     losses = []

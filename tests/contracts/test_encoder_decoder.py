@@ -18,7 +18,7 @@ from vlm_jax.convert.tensors import full
 from vlm_jax.convert.write import export
 from vlm_jax.models import vlm
 from vlm_jax.models.vlm import Compute
-from vlm_jax.nn import attention as attention_module
+from vlm_jax.nn import attention_plain
 from vlm_jax.nn.attention import Mask, attention, refusal
 from vlm_jax.nn.dropout import dropout_key
 from vlm_jax.parallel import hosts, rules
@@ -78,7 +78,9 @@ def one_device(drops):
 
 @pytest.mark.parametrize("drops", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, tensor=2, seq=2)], ids=["fsdp4_tensor2", "seq2"]
+    "mesh",
+    [pytest.param(MeshConfig(fsdp=4, tensor=2), marks=pytest.mark.long), MeshConfig(fsdp=2, tensor=2, seq=2)],
+    ids=["fsdp4_tensor2", "seq2"],
 )
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh, drops):
     loss, grads, where = run_on(make_mesh(mesh, jax.devices()[:8]), key=jax.random.key(1) if drops else None)
@@ -92,7 +94,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh, drops):
 
 def test_chunked_attention_with_diagonals_equals_dense(monkeypatch):
     """The bias by diagonals against the same bias written out, and its gradient."""
-    monkeypatch.setattr(attention_module, "CHUNK", 8)
+    monkeypatch.setattr(attention_plain, "CHUNK", 8)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v = (jax.random.normal(key, (2, n, 4, 8)) for key, n in zip(keys, (24, 40, 40)))
     diagonals = jax.random.normal(keys[3], (4, 24 + 40 - 1))
@@ -116,7 +118,7 @@ def test_chunked_attention_with_diagonals_equals_dense(monkeypatch):
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
 def test_dropped_weights_keep_their_mean(impl, monkeypatch):
     """With every value 1 a row gives the kept share over 1 - rate: 1 on average, and not 1 where something is dropped."""
-    monkeypatch.setattr(attention_module, "CHUNK", 16)
+    monkeypatch.setattr(attention_plain, "CHUNK", 16)
     q, ones = jax.random.normal(jax.random.key(0), (4, 64, 2, 8)), jnp.ones((4, 64, 2, 8))
     mask = Mask(drop=0.25, place=3)
     np.testing.assert_allclose(attention(q, q, ones, mask, impl), 1, rtol=1e-5)
@@ -126,6 +128,7 @@ def test_dropped_weights_keep_their_mean(impl, monkeypatch):
     assert len(np.unique(out[:, ::16].round(6))) > 16, "parts of a row must draw differently"
 
 
+@pytest.mark.long
 def test_remat_does_not_change_what_is_dropped():
     key = jax.random.key(3)
     model = dataclasses.replace(MODEL, llm=dataclasses.replace(T5, dropout=0.2))
@@ -160,6 +163,7 @@ class Rows:
         return {"step": self.step}
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
     """Dropout included: its masks depend on the step alone. Rows of different contents compile the step once."""
     config = dataclasses.replace(EXACT, trainable=STAGE1, global_batch=2, save_every=3, log_every=1)

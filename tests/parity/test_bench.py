@@ -35,6 +35,7 @@ def run(script: str, out: Path, *flags: str) -> tuple[dict, str]:
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_training_of_both_sides_has_one_loss(tmp_path):
     pytest.importorskip("peft")
     flags = "--streams mixed --mode lora --rank 4 --rows 2 --micro 1 --peer_batch 3".split()
@@ -56,6 +57,7 @@ def test_both_sides_decode_the_same_text(tmp_path):
     assert "peer, static cache" in printed
 
 
+@pytest.mark.long
 def test_both_sides_answer_the_same_questions(tmp_path):
     flags = "--questions 5 --batch 4 --new 8".split()
     found, printed = run("eval_throughput.py", tmp_path / "eval.json", *flags)
