@@ -117,9 +117,10 @@ def test_adapters_and_codes_are_sharded_like_their_base():
     for linear in ("llm/blocks/attn/q", "llm/blocks/attn/o", "llm/blocks/mlp/down"):
         _, rows, columns = base[f"{linear}/kernel"]
         assert {rows, columns} == {"fsdp", "tensor"}
-        assert base[f"{linear}/lora_a"] == jax.P(None, rows, None) and base[f"{linear}/lora_b"] == jax.P(
-            None, None, columns
-        )
+        # each factor is cut over fsdp too, by its ranks where the base's axis is cut over tensor
+        ranks = {"fsdp": None, "tensor": "fsdp"}
+        assert base[f"{linear}/lora_a"] == jax.P(None, rows, ranks[rows])
+        assert base[f"{linear}/lora_b"] == jax.P(None, ranks[columns], columns)
         assert codes[f"{linear}/kernel_codes"] == codes[f"{linear}/kernel_absmax"] == base[f"{linear}/kernel"]
 
 
