@@ -58,7 +58,7 @@ def test_leaves_axes_and_start():
         None,
     )
     assert shapes["llm/blocks/attn/k/lora_b"].shape == (2, 4, 16) and axes["llm/blocks/attn/k/lora_b"][1:] == (
-        None,
+        "embed",
         "kv_heads",
     )
     assert shapes["tower/blocks/mlp/down/lora_scale"].shape == (1, 2)
