@@ -15,7 +15,7 @@ from vlm_jax.evaluate.vqascore import VQAScore
 from vlm_jax.quickstart import quickstart
 from vlm_jax.train.command import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # CI trains and scores a CLIP-T5 in test_clip_flant5_command
 ROOT = Path(__file__).resolve().parent.parent
 WATCHES = 12
 

@@ -26,7 +26,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param("vq", marks=pytest.mark.long), "rq", "hq"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("vq", "rq")), "hq"])
 def test_from_images_to_pictures(tmp_path, kind):
     size, words, prior, asked = KINDS[kind]
     rng, codes, run = np.random.default_rng(0), tmp_path / "codes.arrayrecord", tmp_path / "run"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "launch" / "bench"
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.long]
 
 
 def run(script: str, out: Path, *flags: str) -> tuple[dict, str]:
@@ -35,7 +35,6 @@ def run(script: str, out: Path, *flags: str) -> tuple[dict, str]:
     return json.loads(out.read_text()), done.stdout
 
 
-@pytest.mark.long
 def test_training_of_both_sides_has_one_loss(tmp_path):
     pytest.importorskip("peft")
     flags = "--streams mixed --mode lora --rank 4 --rows 2 --micro 1 --peer_batch 3".split()
@@ -57,7 +56,6 @@ def test_both_sides_decode_the_same_text(tmp_path):
     assert "peer, static cache" in printed
 
 
-@pytest.mark.long
 def test_both_sides_answer_the_same_questions(tmp_path):
     flags = "--questions 5 --batch 4 --new 8".split()
     found, printed = run("eval_throughput.py", tmp_path / "eval.json", *flags)
