@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from referee import ACCELERATED, Side, alternate, sides, write_results
+from referee import ACCELERATED, CORES, Side, alternate, sides, write_results
 from stream import SIZES, AnswerCase
 
 
@@ -81,7 +77,6 @@ def line(batch: int, name: str, row: dict[str, Any], ours: dict[str, Any]) -> st
 def main() -> None:
     """Print the table."""
     gpu, parser = ACCELERATED, argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--size", choices=SIZES, default="7b" if gpu else "small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--batches", default="1,64" if gpu else "1,8")
@@ -89,27 +84,24 @@ def main() -> None:
         ("prompt", 1024 if gpu else 256),
         ("new", 256 if gpu else 64),
         ("rounds", 1 if gpu else 3),
-        ("threads", cores),
+        ("threads", CORES),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", default="", help="JSON of everything")
     a = parser.parse_args()
     case = AnswerCase(a.size, a.dtype, 0, a.threads)
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
-        with sides(folder, a.threads, ours="answer_ours.py", peer="answer_torch.py") as both:
-            facts, peer = both["ours"].ask("write"), both["peer"].ask("text")
-            print(f"{a.size}, {a.dtype}, {a.threads} threads each, prompts of {a.prompt} slots, {a.new} new tokens")
-            print(f"ours: {facts['text']}\npeer: {peer['text']}\n")
-            print(
-                "| batch | side | new tokens/s | steps: tokens/s | ours is faster | in CPU time | of the roofline |\n"
-                + "|---" * 7
-                + "|"
-            )
-            results = {str(batch): measure(both, case, batch, a, facts) for batch in map(int, a.batches.split(","))}
-            for batch, found in results.items():
-                print(f"(batch {batch}: {found['equal']:.2%} of the tokens are the same on both sides)")
+    with sides(case, ours="answer_ours.py", peer="answer_torch.py") as both:
+        facts, peer = both["ours"].ask("write"), both["peer"].ask("text")
+        print(f"{a.size}, {a.dtype}, {a.threads} threads each, prompts of {a.prompt} slots, {a.new} new tokens")
+        print(f"ours: {facts['text']}\npeer: {peer['text']}\n")
+        print(
+            "| batch | side | new tokens/s | steps: tokens/s | ours is faster | in CPU time | of the roofline |\n"
+            + "|---" * 7
+            + "|"
+        )
+        results = {str(batch): measure(both, case, batch, a, facts) for batch in map(int, a.batches.split(","))}
+        for batch, found in results.items():
+            print(f"(batch {batch}: {found['equal']:.2%} of the tokens are the same on both sides)")
     write_results(a.out, {"case": dataclasses.asdict(case), "flags": vars(a), "ours": facts, "peer": peer} | results)
 
 

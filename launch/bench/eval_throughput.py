@@ -13,45 +13,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from decode import check
-from referee import ACCELERATED, alternate, sides, write_results
+from referee import ACCELERATED, CORES, alternate, sides, write_results
 from stream import SIZES, AnswerCase
 
 
 def main() -> None:
     """Print the table."""
     gpu, parser = ACCELERATED, argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--size", choices=SIZES, default="7b" if gpu else "small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     defaults = {"questions": 256 if gpu else 24, "batch": 32 if gpu else 8, "new": 64 if gpu else 32}
-    for name, default in {**defaults, "rounds": 1 if gpu else 3, "threads": cores}.items():
+    for name, default in {**defaults, "rounds": 1 if gpu else 3, "threads": CORES}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", default="", help="JSON of everything")
     a = parser.parse_args()
     case = AnswerCase(a.size, a.dtype, max(2, a.new // 4), a.threads)
     lengths = np.random.default_rng(0).integers(16, 97, a.questions) // case.shape.shrink
     texts = [max(6, int(n)) for n in lengths]
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
-        with sides(folder, a.threads, ours="answer_ours.py", peer="answer_torch.py") as both:
-            facts, peer = both["ours"].ask("write"), both["peer"].ask("text")
-            print(
-                f"{a.size}, {a.dtype}, {a.threads} threads each, {a.questions} questions\nours: {facts['text']}\npeer: {peer['text']}\n"
-            )
-            visits = {
-                "peer, one at a time": lambda: both["peer"].ask("answer", texts=texts, batch=1, new=a.new, cache="dynamic"),
-                "ours": lambda: both["ours"].ask("answer", texts=texts, batch=a.batch, new=a.new),
-            }  # fmt: skip
-            release = [side.stop for side in both.values()] if ACCELERATED else []
-            found = alternate(visits, a.rounds, lambda: [stop() for stop in release])
+    with sides(case, ours="answer_ours.py", peer="answer_torch.py") as both:
+        facts, peer = both["ours"].ask("write"), both["peer"].ask("text")
+        print(
+            f"{a.size}, {a.dtype}, {a.threads} threads each, {a.questions} questions\nours: {facts['text']}\npeer: {peer['text']}\n"
+        )
+        visits = {
+            "peer, one at a time": lambda: both["peer"].ask("answer", texts=texts, batch=1, new=a.new, cache="dynamic"),
+            "ours": lambda: both["ours"].ask("answer", texts=texts, batch=a.batch, new=a.new),
+        }  # fmt: skip
+        release = [side.stop for side in both.values()] if ACCELERATED else []
+        found = alternate(visits, a.rounds, lambda: [stop() for stop in release])
     for name, one in found.items():
         if "failed" in one:
             raise SystemExit(f"{name}: {one['failed']}")

@@ -9,6 +9,7 @@ be asked again; one that dies is started anew.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 ACCELERATED = (
     shutil.which("nvidia-smi") is not None
 )  # asked without a library, so that this process takes no memory of it
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this process
 
 
 class Failed(Exception):
@@ -75,14 +78,17 @@ class Side:
 
 
 @contextlib.contextmanager
-def sides(folder: Path, cores: int, **scripts: str) -> Iterator[dict[str, Side]]:
-    """{name: Side} of {name: script}; all end with the context."""
-    made = {name: Side(name, script, folder, cores) for name, script in scripts.items()}
-    try:
-        yield made
-    finally:
-        for side in made.values():
-            side.stop()
+def sides(case: Any, **scripts: str) -> Iterator[dict[str, Side]]:
+    """{name: Side} of {name: script}, each with `case.threads` cores, in a folder whose case.json is the dataclass `case`; sides and
+    folder end with the context."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
+        made = {name: Side(name, script, Path(folder), case.threads) for name, script in scripts.items()}
+        try:
+            yield made
+        finally:
+            for side in made.values():
+                side.stop()
 
 
 def take_cores(count: int) -> None:

@@ -20,14 +20,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from referee import ACCELERATED, Failed, Side, alternate, sides, write_results
+from referee import ACCELERATED, CORES, Failed, Side, alternate, sides, write_results
 from stream import SIZES, Case
 
 GAPS = {"float32": {"loss": 1e-4, "grad_norm": 2e-3}, "bfloat16": {"loss": 1e-2, "grad_norm": 5e-2}}  # relative
@@ -206,7 +202,7 @@ def flags() -> argparse.ArgumentParser:
     made.add_argument(
         "--threads",
         type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        default=CORES,
     )
     made.add_argument("--loading", action=argparse.BooleanOptionalAction, default=True)
     made.add_argument("--micro", default="1,2,4" if gpu else "1,4", help="our rows at a time")
@@ -226,18 +222,13 @@ def main() -> None:
     a = flags().parse_args()
     case = Case(a.size, a.mode, a.dtype, a.rows, a.updates, a.rank, a.equal or SIZES[a.size].slots // 4, a.threads)
     results: dict[str, Any] = {"case": dataclasses.asdict(case)}
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
-        with sides(folder, a.threads, ours="train_ours.py", peer="train_torch.py") as both:
-            ours, peer = both["ours"].ask("write"), both["peer"].ask("text")
-            print(
-                f"{a.size}, {a.mode}, {a.dtype}, {a.threads} threads each\nours: {ours['text']}\npeer: {peer['text']}"
-            )
-            bench = Bench(case, both, GAPS[a.dtype])
-            results |= {"ours": ours, "peer": peer}
-            for kind in a.streams.split(","):
-                results[kind] = measure(bench, kind, a, ours["peak"])
+    with sides(case, ours="train_ours.py", peer="train_torch.py") as both:
+        ours, peer = both["ours"].ask("write"), both["peer"].ask("text")
+        print(f"{a.size}, {a.mode}, {a.dtype}, {a.threads} threads each\nours: {ours['text']}\npeer: {peer['text']}")
+        bench = Bench(case, both, GAPS[a.dtype])
+        results |= {"ours": ours, "peer": peer}
+        for kind in a.streams.split(","):
+            results[kind] = measure(bench, kind, a, ours["peak"])
     write_results(a.out, results)
 
 
