@@ -5,4 +5,5 @@ VLM_JAX_STARTED="$(date +%s)"  # so that the seconds in summary.json include the
 export VLM_JAX_STARTED
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # large pages: a CPU's steps make and drop arrays of many MB
 exec "$PYTHON" -m vlm_jax quickstart "$@"

@@ -20,6 +20,7 @@ from vlm_jax.data.tasks import Sample
 
 BOS, IMAGE_TOKEN, FIRST_WORD = 1, 3, 4  # ids; text is drawn from FIRST_WORD on
 PROMPT_SHARE = 0.4
+WINDOW = 512  # samples that are planned at least; the first rows of few would be less full than those of an epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,7 @@ class Case:
             return draw(self.shape, slots // self.equal, folder / "equal", self.equal)
         texts, views = text_and_views(self.shape, 4096)
         mean = (texts + views * self.shape.model.vision.features).mean()
-        # rows are never quite full, so fewer samples suffice; a few more, so that the last rows of the plan are not the bad ones
-        return draw(self.shape, int(slots / mean) + 4 * self.rows, folder / "mixed")
+        return draw(self.shape, max(int(2 * slots / mean), WINDOW), folder / "mixed")
 
 
 @dataclasses.dataclass(frozen=True)

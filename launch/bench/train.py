@@ -205,8 +205,8 @@ def flags() -> argparse.ArgumentParser:
         default=CORES,
     )
     made.add_argument("--loading", action=argparse.BooleanOptionalAction, default=True)
-    made.add_argument("--micro", default="1,2,4" if gpu else "1,4", help="our rows at a time")
-    made.add_argument("--remat", default="linears,full" if gpu else "none")
+    made.add_argument("--micro", default="1,2,4" if gpu else "2,4", help="our rows at a time")
+    made.add_argument("--remat", default="linears,full" if gpu else "linears")
     made.add_argument("--peer_batch", default="1,2,4,8,16")
     made.add_argument("--peer_checkpoint", choices=SWITCH, default="both" if gpu else "off")
     made.add_argument("--peer_compile", choices=SWITCH, default="both" if gpu else "off")

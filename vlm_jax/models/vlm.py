@@ -24,9 +24,10 @@ from vlm_jax.models.llama import Cache, Llama
 from vlm_jax.models.merge import merge_images
 from vlm_jax.models.projectors import Projector
 from vlm_jax.models.t5 import T5, T5Cache
+from vlm_jax.models.views import encode_shown, shown_views
 from vlm_jax.models.vit import VisionTower
 from vlm_jax.nn.params import Params, logical_axes, merge, normal, param, shardings_of, split
-from vlm_jax.parallel.rules import shard
+from vlm_jax.parallel.rules import alone, shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +51,21 @@ class VLM(nnx.Module):
         self.image_newline = param(rngs, newline, (c.llm.width,), (None,)) if c.image_newline else None
         self.llm = (T5 if c.encoder_decoder else Llama)(c.llm, rngs)
 
-    def encode_images(self, images: jax.Array, compute: Compute = Compute()) -> jax.Array:
-        """[B, I, S, S, 3] uint8 or normalised floats -> projected features [B, I*P, D]."""
+    def encode_images(
+        self, images: jax.Array, compute: Compute = Compute(), image_slots: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, I, S, S, 3] uint8 or normalised floats -> projected features [B, I*P, D]; image_slots [B, T]: which of them are shown."""
         B, I = images.shape[:2]
         flat = images.reshape(B * I, *images.shape[2:])
-        features = self.tower.features(flat, jnp.dtype(compute.vision_dtype), compute.attention, compute.remat)
+
+        def encode(some: jax.Array) -> jax.Array:
+            return self.tower.features(some, jnp.dtype(compute.vision_dtype), compute.attention, compute.remat)
+
+        if image_slots is not None and alone():
+            shown = shown_views(image_slots, I, self.config.vision.features)
+            features = encode_shown(encode, flat, shown)
+        else:
+            features = encode(flat)
         return self.project(features.reshape(B, I, *features.shape[1:]), compute)
 
     def project(self, features: jax.Array, compute: Compute = Compute()) -> jax.Array:
@@ -75,9 +86,10 @@ class VLM(nnx.Module):
 
     def inputs(self, batch: Mapping[str, jax.Array], compute: Compute = Compute()) -> jax.Array:
         """What the language model reads [B, T, D]. Images come as pixels or as the tower's "features"; without both it is text only."""
-        features = self.encode_images(batch["images"], compute) if "images" in batch else None
+        slots = batch.get("image_slots")
+        features = self.encode_images(batch["images"], compute, slots) if "images" in batch else None
         features = self.project(batch["features"], compute) if "features" in batch else features
-        return self.embed(batch["tokens"], batch.get("image_slots"), features, compute)
+        return self.embed(batch["tokens"], slots, features, compute)
 
     def encode(self, batch: Mapping[str, jax.Array], compute: Compute = Compute()) -> jax.Array:
         """Hidden states [B, T, D] of the encoder of an encoder-decoder."""

@@ -6,12 +6,14 @@
 |---------|------------|--------|----------|--------|------|-----------|---------|-------|--------|----------------------|
 | dense   | everywhere | yes    | yes      | yes    | yes  | yes       | yes     | yes   | yes    | T S                  |
 | chunked | everywhere | yes    | yes      | yes    | yes  | yes       | yes     | yes   | yes    | 512 S                |
+| blocked | everywhere | yes    | yes      | yes    | no   | no        | no      | yes   | yes    | T + S                |
 | context | everywhere | yes    | yes      | yes    | yes  | yes       | yes     | yes   | yes    | S + its part of T    |
 | cudnn   | NVIDIA GPU | yes    | yes      | yes    | yes  | no        | no      | yes   | yes    | T S, of the mask     |
 | splash  | TPU        | yes    | yes      | yes    | no   | no        | no      | no    | no     | T + S                |
 | flash   | TPU        | yes    | yes      | yes    | yes  | yes       | no      | no    | yes    | T + S, or 256 S      |
 
-dense is the reference. chunked needs T in multiples of 512, context a mesh with seq > 1 that divides T (nn.attention_context), cudnn 16
+dense is the reference. chunked needs T in multiples of 512, blocked T and S in multiples of 128 (it leaves out blocks without an allowed
+pair, and is what `auto` takes for rows on a CPU), context a mesh with seq > 1 that divides T (nn.attention_context), cudnn 16
 bits and a head width of at most 128 in multiples of 8, flash T and S in multiples of 128 and one bias for all rows. cache: query slots
 begin at an index that is known only when the program runs.
 
@@ -26,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.config import ATTENTIONS, ConfigError, one_of
-from vlm_jax.nn import attention_context, attention_plain, attention_tpu, dropout
+from vlm_jax.nn import attention_blocked, attention_context, attention_plain, attention_tpu, dropout
 from vlm_jax.nn.masks import NEGATIVE, Mask
 from vlm_jax.parallel import rules
 
@@ -54,6 +56,7 @@ def attention(
     run = {
         "dense": attention_plain.dense,
         "chunked": attention_plain.chunked,
+        "blocked": attention_blocked.blocked,
         "cudnn": attention_plain.cudnn,
         "splash": attention_tpu.splash,
         "flash": attention_tpu.flash,
@@ -68,18 +71,20 @@ def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
         return f"{q.shape[1]} query slots are not a multiple of {attention_plain.CHUNK}"
     if impl == "context":
         return attention_context.refusal(q, k, mask)
-    if impl in ("cudnn", "splash", "flash") and drops:
+    if impl in ("blocked", "cudnn", "splash", "flash") and drops:
         return f"{impl} has no dropout"
-    if impl in ("cudnn", "splash") and mask.diagonals is not None:
+    if impl in ("blocked", "cudnn", "splash") and mask.diagonals is not None:
         return f"{impl} takes no bias by diagonals here"
+    if impl in ("blocked", "splash") and mask.bias is not None:
+        return f"{impl} takes no bias"
+    if impl == "blocked" and (q.shape[1] % attention_blocked.BLOCK or k.shape[1] % attention_blocked.BLOCK):
+        return f"{q.shape[1]} query and {k.shape[1]} key slots are not multiples of {attention_blocked.BLOCK}"
     if impl == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"cuDNN needs a 16-bit dtype, not {q.dtype}"
         if q.shape[-1] % 8 or q.shape[-1] > 128:
             return f"cuDNN needs a head width that is a multiple of 8 and at most 128, not {q.shape[-1]}"
     if impl == "splash":
-        if mask.bias is not None:
-            return "the splash kernel takes no bias"
         if q.shape[1] != k.shape[1] or not mask.from_the_first:
             return f"the splash kernel needs equal query and key slots, not {q.shape[1]} and {k.shape[1]}, and no cache"
     return _flash_refusal(q, k, mask) if impl == "flash" else None
@@ -106,4 +111,6 @@ def choose(q: jax.Array, k: jax.Array, mask: Mask, platform: str) -> str:
             return kernel
     if platform == "gpu" and q.shape[1] > 1 and not refusal("cudnn", q, k, mask):
         return "cudnn"
+    if platform == "cpu" and k.shape[1] > attention_blocked.BLOCK and not refusal("blocked", q, k, mask):
+        return "blocked"
     return "chunked" if long and not refusal("chunked", q, k, mask) else "dense"

@@ -72,6 +72,19 @@ class Mask:
         spread = toeplitz(self.diagonals, queries, keys)[None]
         return spread if self.bias is None else self.bias + spread
 
+    def block(self, i: jax.Array, j: jax.Array, size: int) -> Mask:
+        """The mask of `size` query slots from i * size and as many key slots from j * size, of a mask without bias."""
+
+        def cut(x: jax.Array | None, at: jax.Array) -> jax.Array | None:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, at * size, size, 1)
+
+        return dataclasses.replace(
+            self,
+            q_segments=cut(self.q_segments, i),
+            k_segments=cut(self.k_segments, j),
+            q_offset=self.q_offset + (i - j) * size,
+        )
+
     def rows(self, queries: int, keys: int, i: jax.Array, size: int) -> Mask:
         """The mask of query slots i * size ... (i + 1) * size - 1 alone, of `queries` slots."""
 
