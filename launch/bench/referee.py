@@ -70,7 +70,9 @@ class Side:
             return
         environment = os.environ | {"OMP_NUM_THREADS": str(self._cores), "XLA_PYTHON_CLIENT_MEM_FRACTION": ".93"}
         environment |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TRANSFORMERS_VERBOSITY": "error"}
-        environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # large pages for both, as launch/quickstart.sh has them
+        environment |= {
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+        }  # large pages for both, as launch/quickstart.sh has them
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / self._script), str(self._folder), str(self._cores)], env=environment,

@@ -34,5 +34,7 @@ def encode_shown(encode: Callable[[jax.Array], jax.Array], images: jax.Array, sh
         return jax.lax.cond(some[0], lambda: encode(images[which]), lambda: jnp.zeros(like.shape, like.dtype))
 
     features = jax.lax.map(group, (padded, counted)).reshape(-1, *like.shape[1:])[: len(images)]
-    features = jnp.where(jnp.sort(~shown)[:, None, None], 0, features)  # what a group has beside the views that are shown
+    features = jnp.where(
+        jnp.sort(~shown)[:, None, None], 0, features
+    )  # what a group has beside the views that are shown
     return features[jnp.argsort(order)]

@@ -62,7 +62,9 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float)
 
     out, lse = jax.lax.map(queries, jnp.arange(T // BLOCK))
     out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, T, N, H)
-    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))  # where a policy saves "attention", neither is computed again
+    out, lse = (
+        checkpoint_name(x, "attention") for x in (out, lse)
+    )  # where a policy saves "attention", neither is computed again
     return out, Kept(q, k, v, mask, out, lse)
 
 
