@@ -9,7 +9,7 @@ pixels. t2i also needs --config.data.captions=FOLDER with T5 features.
 RQ-Transformers: rq (ImageNet, 480 M), rq_imagenet_821m ..., rq_ffhq_355m, rq_cc3m_654m ...; they read the codebook of the tokenizer
 that made the codes: --config.init.tokenizer=DIR. HQ-Transformers: hq (ImageNet, S), hq_imagenet_l, hq_imagenet_level3 ..., hq_cc15m.
 Those of texts need --config.data.captions=FOLDER with their tokens (.npy).
-watch_vq, watch_rq, watch_hq are small ones over the codes of the watch tokenizers. `smoke` makes any of them a tiny one on made-up codes.
+`smoke` makes any of them a tiny one on made-up codes.
 """
 
 import dataclasses
@@ -22,11 +22,9 @@ from vlm_jax.train.prior_options import PriorTrainConfig
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import (
     PUBLISHED_HQ,
     PUBLISHED_RQ,
-    HQTransformerConfig,
     RQTransformerConfig,
-    StackConfig,
 )
-from vlm_jax.visual_tokenizers.priors.options import PUBLISHED, GPTConfig
+from vlm_jax.visual_tokenizers.priors.options import PUBLISHED
 from vlm_jax.words import read_words
 
 CAPTIONS = "CAPTIONS"  # stands for the folder until data.captions is set
@@ -66,26 +64,6 @@ def hq_transformer(batch: int = 512, epochs: int = 100, lr: float = 5e-4) -> Pri
     )  # fmt: skip
 
 
-def watch() -> PriorTrainConfig:
-    """Small enough for a CPU."""
-    return PriorTrainConfig(
-        steps=2000,
-        global_batch=8,
-        lr=5e-4,
-        schedule="cosine",
-        warmup_steps=50,
-        dtype="float32",
-        log_every=20,
-        save_every=500,
-    )
-
-
-SMALL = {"body": StackConfig(4, 128, 4, dropout=0.0), "head": StackConfig(2, 128, 4, dropout=0.0)}
-WATCHES = {
-    "watch_vq": GPTConfig(4, 4, 4, 128, 384, codes=4096, grid=28, classes=1),
-    "watch_rq": RQTransformerConfig((28, 28), 4, 512, 16, conditions=1, **SMALL),
-    "watch_hq": HQTransformerConfig(14, (512, 512), condition="none", **SMALL),
-}
 RQ = {"rq": PUBLISHED_RQ["imagenet_480m"]} | {f"rq_{name}": config for name, config in PUBLISHED_RQ.items()}
 HQ = {"hq": PUBLISHED_HQ["imagenet_s"]} | {f"hq_{name}": config for name, config in PUBLISHED_HQ.items()}
 TRAINED = {
@@ -98,7 +76,7 @@ TRAINED = {
 
 def get_config(words: str = ""):
     """The recipe named by a size, and for LlamaGen's a condition and an image size (default: gpt_b, c2i, 256)."""
-    sizes = {**PUBLISHED, **RQ, **HQ, **WATCHES}
+    sizes = {**PUBLISHED, **RQ, **HQ}
     chosen = read_words(
         words, flags=("smoke",), size=tuple(sizes), condition=("c2i", "t2i"), pixels=("256", "384", "512")
     )
@@ -112,7 +90,7 @@ def get_config(words: str = ""):
     else:
         if (chosen["condition"], chosen["pixels"]) != ("c2i", "256"):
             raise ConfigError(f"the config words t2i, 384 and 512 are for LlamaGen's priors, not for {size}")
-        train = TRAINED.get(size, watch() if size in WATCHES else rq_transformer() if size in RQ else hq_transformer())
+        train = TRAINED.get(size, rq_transformer() if size in RQ else hq_transformer())
     recipe = PriorRecipe(
         prior=prior,
         init=PriorInit(tokenizer=TOKENIZER if isinstance(prior, RQTransformerConfig) else ""),

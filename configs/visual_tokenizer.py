@@ -102,17 +102,18 @@ def watch(kind: str) -> TokenizerRecipe:
     """Smart-watches of 112 pixels in minutes on two CPU cores: pixels alone, no critic, no perceptual loss, no file."""
     quantizer = {
         "vq": QuantizerConfig(codes=(4096,), width=8, normalise=True),
-        "rq": QuantizerConfig(kind="rq", codes=(512,), width=16, depth=4, shared=True, restart=True),
+        "rq": QuantizerConfig(kind="rq", codes=(512,), width=16, depth=2, shared=True, restart=True),
         "hq": QuantizerConfig(kind="two_level", codes=(512, 512), width=16, restart=True),
     }[kind]
     autoencoder = AutoencoderConfig(
         width=32,
-        multipliers=(1, 1),  # 28 x 28 codes; of hq 14 x 14 top codes too
+        multipliers=(1,),  # 56 x 56 codes, of hq 28 x 28 top codes too: digits are 4 pixels wide
         blocks=1,
         attention=(),
         resolution=112,
         latent=32,
         init_downsample=True,  # the encoder never works at full resolution
+        middle_attention=False,
         groups=1,  # 32 groups of one channel would take the mean, and with it the flat colours, out of each
     )
     return TokenizerRecipe(

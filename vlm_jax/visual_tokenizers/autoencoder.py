@@ -40,12 +40,14 @@ class Level(nnx.Module):
 class Middle(nnx.Module):
     """Residual block, attention, residual block at the coarsest level."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, groups: int):
-        self.block_1, self.block_2 = (ResidualBlock(width, width, rngs, groups) for _ in range(2))
-        self.attention = AttentionBlock(width, rngs, groups)
+    def __init__(self, c: AutoencoderConfig, rngs: nnx.Rngs):
+        width = c.widths[-1]
+        self.block_1, self.block_2 = (ResidualBlock(width, width, rngs, c.groups) for _ in range(2))
+        self.attention = AttentionBlock(width, rngs, c.groups) if c.middle_attention else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.block_2(self.attention(self.block_1(x)))
+        x = self.block_1(x)
+        return self.block_2(x if self.attention is None else self.attention(x))
 
 
 class Encoder(nnx.Module):
@@ -60,7 +62,7 @@ class Encoder(nnx.Module):
             down = Conv(width, width, 3, rngs, stride=2, pad=((0, 1), (0, 1))) if i < c.levels - 1 else None
             setattr(self, f"level_{i}", Level((din, *[width] * c.blocks), c.attends(i, False), down, rngs, c.groups))
             din = width
-        self.mid = Middle(din, rngs, c.groups)
+        self.mid = Middle(c, rngs)
         self.norm_out, self.conv_out = GroupNorm(din, rngs, c.groups), Conv(din, c.latent, 3, rngs, pad=1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +80,7 @@ class Decoder(nnx.Module):
     def __init__(self, c: AutoencoderConfig, rngs: nnx.Rngs):
         self.levels = c.levels
         din = c.widths[-1]
-        self.conv_in, self.mid = Conv(c.latent, din, 3, rngs, pad=1), Middle(din, rngs, c.groups)
+        self.conv_in, self.mid = Conv(c.latent, din, 3, rngs, pad=1), Middle(c, rngs)
         for i, width in reversed(list(enumerate(c.widths))):
             up = Conv(width, width, 3, rngs, pad=1) if i > 0 or c.init_downsample else None
             setattr(self, f"level_{i}", Level((din, *[width] * (c.blocks + 1)), c.attends(i, True), up, rngs, c.groups))

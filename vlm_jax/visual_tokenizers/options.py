@@ -19,7 +19,8 @@ class AutoencoderConfig:
 
     attention: resolutions that have attention after every residual block, counted from `resolution`. With `init_downsample`, conv_in
     halves the image; the encoder's count ignores that, as in the published HQ-VAE weights, which therefore have attention at
-    (16,) in the decoder only. groups: of the group norms, 32 in everything published; with as many as `width` each channel loses its
+    (16,) in the decoder only. middle_attention: whether the coarsest level has attention between its two blocks, as everything published
+    does; over many positions it costs more than all convolutions. groups: of the group norms, 32 in everything published; with as many as `width` each channel loses its
     mean, and flat colours are lost.
     """
 
@@ -30,6 +31,7 @@ class AutoencoderConfig:
     resolution: int = 256
     latent: int = 256
     init_downsample: bool = False
+    middle_attention: bool = True
     groups: int = 32
 
     def __post_init__(self):
