@@ -104,6 +104,7 @@ def test_parts_and_layouts_of_a_run(run, base, tmp_path):
         np.testing.assert_array_equal(one.read(path), two.read(path), err_msg=path)
 
 
+@pytest.mark.long
 def test_a_base_that_is_in_no_directory_gives_a_model(tmp_path, base):
     run_recipe(changed(llava15("7b,stage2,lora,smoke"), tmp_path / "random"), progress=False)
     assert read_manifest(tmp_path / "random" / "export").kind == "model"

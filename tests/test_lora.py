@@ -119,7 +119,7 @@ def finished_run(quant):
     return before, result.state, model
 
 
-@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("quant", [pytest.param(False, marks=pytest.mark.long), True])
 def test_only_adapters_and_projector_move(quant):
     before, state, model = finished_run(quant)
     assert set(state.trainable) == {
@@ -188,7 +188,7 @@ def gradients(key, remat="none", accum=1, rows=None):
     return jax.device_get(compiled(remat, accum)(trainable, frozen, rows, key))
 
 
-@pytest.mark.parametrize("remat", ["full", "linears", "attention"])
+@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.long), "linears", "attention"])
 def test_dropout_is_exact_under_recomputation(remat):
     """Tower included: its blocks are recomputed too, with the masks they had."""
     key = jax.random.key(3)

@@ -5,7 +5,10 @@ import pytest
 
 from tests.sharding_dumps import NAMES, dump, file_of, state_of
 
-LIKE_OTHERS = ("llava15:13b,stage2", *(f"visual_tokenizer:{kind}" for kind in ("vq8", "rq", "hq", "hq3", "unicode_rq")))
+LIKE_OTHERS = (
+    "llava15:13b,stage2",
+    *(f"visual_tokenizer:{kind}" for kind in ("vq16", "vq8", "rq", "hq", "hq3", "unicode_rq")),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LIKE_OTHERS else n for n in NAMES])

@@ -60,7 +60,7 @@ def test_sixteen_bits_stay_near_dense():
         def loss(*x):
             return (attention(*x, MASKS["packed"], impl).astype(jnp.float32) ** 2).sum()
 
-        return jax.grad(loss, (0, 1, 2))(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     for a, b in zip(gradients("dense"), gradients("blocked")):
         assert b.dtype == jnp.bfloat16

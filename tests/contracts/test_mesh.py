@@ -98,7 +98,7 @@ def adapted_on_one_device():
     return loss, {k: np.asarray(g) for k, g in grads.items()}
 
 
-@pytest.mark.parametrize("name", ["fsdp4_tensor2", "fsdp2_tensor2_seq2"])
+@pytest.mark.parametrize("name", [pytest.param("fsdp4_tensor2", marks=pytest.mark.long), "fsdp2_tensor2_seq2"])
 def test_adapters_dropout_and_codes_do_not_depend_on_the_mesh(name):
     loss, grads, where = run_adapted(mesh_of(MESHES[name]))
     wanted_loss, wanted = adapted_on_one_device()

@@ -65,6 +65,7 @@ def test_kill_9_and_restart(undisturbed, tmp_path, step):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_encoder_decoder_is_killed_too(tmp_path):
     """What T5's dropout draws depends on the step alone; the program is compiled once for all three processes."""
     both = {"ENCODER_DECODER": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}

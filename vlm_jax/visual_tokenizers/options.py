@@ -19,9 +19,9 @@ class AutoencoderConfig:
 
     attention: resolutions that have attention after every residual block, counted from `resolution`. With `init_downsample`, conv_in
     halves the image; the encoder's count ignores that, as in the published HQ-VAE weights, which therefore have attention at
-    (16,) in the decoder only. middle_attention: whether the coarsest level has attention between its two blocks, as everything published
-    does; over many positions it costs more than all convolutions. groups: of the group norms, 32 in everything published; with as many as `width` each channel loses its
-    mean, and flat colours are lost.
+    (16,) in the decoder only. middle_attention: whether the coarsest level has attention between its two blocks, as everything
+    published has; over many positions it costs more than all convolutions. groups: of the group norms, 32 in everything published; with
+    as many as `width` each channel loses its mean, and flat colours are lost.
     """
 
     width: int = 128
