@@ -200,6 +200,7 @@ def test_help_needs_no_heavy_library():
             ("train", "--config=configs/llava15.py:7b", "--config.train.learning_rate=1"),
             "unknown config key config.train.learning_rate",
         ),
+        (("train", "--config=configs/llava15.py:7b", "--config.llm.layers=1"), "unknown config key config.llm.layers"),
         (("train", "--config=configs/llava15.py:7b", "--config.train.lr=fast"), "--config.train.lr=fast"),
         (
             ("train", "--config=configs/llava15.py:7b", "--config.train.global_batch=1.5"),

@@ -311,7 +311,7 @@ def unknown_key(message: str, arguments: list[str]) -> str:
     """One sentence from ml_collections' message, with the argument that it is about."""
     words = message.replace("\\n", " ").replace("\\'", "'").replace('"', " ").split()
     key = words[0].strip("'") if words else ""
-    given = next((a.split("=")[0] for a in arguments if a.split("=")[0].endswith(f".{key}")), key)
+    given = next((a.split("=")[0] for a in arguments if key in a.split("=")[0].split(".")), key)
     hint = " ".join(words[1:]).strip("' ")
     return f"unknown config key {given.lstrip('-')}" + (f": {hint}" if hint else "")
 
@@ -327,7 +327,7 @@ def parse(name: str, arguments: list[str]) -> dict[str, Any]:
         raise SystemExit(0)
     try:
         rest = f(["vlm_jax", *several(arguments, f)])[1:]
-    except AttributeError as error:  # how ml_collections refuses an unknown key
+    except (AttributeError, KeyError) as error:  # how ml_collections refuses an unknown key, or a key of an unknown group
         raise ValueError(unknown_key(str(error), arguments)) from None
     except (flags.Error, TypeError) as error:
         # the error of a config file comes as a traceback in text, whose last line is what went wrong
