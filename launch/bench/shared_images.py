@@ -4,8 +4,8 @@
 
 Random weights, generated watches with five questions each, flattened into one sample per question as CLIP-FlanT5 trains on; the tower
 is frozen, projector and T5 are trained. Both lines are gradients of the same samples in the same run, and their loss is the same. What
-the encoder makes of an image depends on the question and is computed for every one: only tower and projector are shared. "used" is the
-share of the encoded views that show an image. The second table is counted, not run: what the same k means at published sizes.
+the encoder makes of an image depends on the question and is computed for every one: only tower and projector are shared. The second
+table is counted, not run: what the same k means at published sizes.
 """
 
 from __future__ import annotations
@@ -88,13 +88,8 @@ class Epoch:
 
     @property
     def encoded(self) -> int:
-        """Views that go through the tower, padding included."""
-        return sum(batch["images"].shape[1] * batch["images"].shape[2] for batch in self.batches)
-
-    @property
-    def used(self) -> float:
-        """Share of them that show an image."""
-        return sum(float(row_counts(batch, MODEL.vision.features)["views"]) for batch in self.batches) / self.encoded
+        """Views that a row shows; one device encodes no others (but those that fill a group of two)."""
+        return round(sum(float(row_counts(batch, MODEL.vision.features)["views"]) for batch in self.batches))
 
 
 def saved(size: str, questions: int) -> tuple[float, float]:
@@ -128,16 +123,11 @@ def main() -> None:
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, {a.images} images, {samples} samples, rows of {SLOTS} slots\n"
     )
-    print(
-        "| images | rows | views encoded | used | tower and projector GFLOP | s per epoch | CPU s | loss |\n|"
-        + "---|" * 8
-    )
+    print("| images | rows | views encoded | tower and projector GFLOP | s per epoch | CPU s | loss |\n|" + "---|" * 7)
     for shared, mode in modes.items():
         name = f"shared, {TOGETHER} views a row" if shared else f"apart, {APART} views a row"
         flops, times = mode.encoded * view / 1e9, f"{mode.seconds:.2f} | {mode.cpu_seconds:.2f}"
-        print(
-            f"| {name} | {len(rows[shared])} | {mode.encoded} | {mode.used:.0%} | {flops:.1f} | {times} | {mode.loss:.6f} |"
-        )
+        print(f"| {name} | {len(rows[shared])} | {mode.encoded} | {flops:.1f} | {times} | {mode.loss:.6f} |")
     apart, together = modes[False], modes[True]
     print(
         f"\n{apart.encoded / together.encoded:.2f} times fewer FLOPs of tower and projector, "
