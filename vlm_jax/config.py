@@ -20,16 +20,8 @@ IMAGE = -200  # stands in `Sample.tokens` where an image is (LLaVA's IMAGE_TOKEN
 GENERATED = -300  # stands in `Sample.tokens` where an image is to be generated
 IGNORE = -100  # label that carries no loss
 
-ATTENTIONS = (
-    "auto",
-    "dense",
-    "chunked",
-    "blocked",
-    "context",
-    "cudnn",
-    "splash",
-    "flash",
-)  # implementations in nn.attention
+# implementations in nn.attention
+ATTENTIONS = tuple("auto dense chunked blocked context cudnn splash flash".split())
 REMATS = ("none", "full", "linears", "attention")  # what is kept for the backward pass, see nn.remat
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

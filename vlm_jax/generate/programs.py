@@ -24,6 +24,7 @@ from vlm_jax.models import vlm
 from vlm_jax.models.llama import Cache, empty_cache
 from vlm_jax.models.t5 import START, T5Cache
 from vlm_jax.models.vlm import VLM, Compute
+from vlm_jax.nn.cache import AXES
 from vlm_jax.parallel.rules import shard
 
 
@@ -79,8 +80,7 @@ def read_prompts(model: VLM, compute: Compute, batch: Mapping[str, jax.Array], s
         cache = model.llm.start(model.encode(batch, compute), batch["segments"], slots - read)
         return read_token(model, compute, cache, jnp.full(rows, START, jnp.int32), jnp.zeros(rows, jnp.int32))
     cache = empty_cache(model.config.llm, rows, slots, jnp.dtype(compute.dtype))
-    split = (None, "batch", None, "act_heads", None)
-    cache = cache._replace(k=shard(cache.k, *split), v=shard(cache.v, *split))
+    cache = cache._replace(k=shard(cache.k, *AXES), v=shard(cache.v, *AXES))
     hidden, cache = model(batch, cache, compute)
     return model.logits(hidden[:, -1]), cache
 
@@ -141,7 +141,7 @@ def _decode(
 def _grow(state: State, *, new: int) -> State:
     """Room for `new` tokens in place of the N there were."""
     more = new - state.out.shape[1]
-    slots = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+    slots = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
     cache = state.cache._replace(
         k=jnp.pad(state.cache.k, slots),
         v=jnp.pad(state.cache.v, slots),

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.config import LLMConfig
 from vlm_jax.nn.attention import Mask, attention
+from vlm_jax.nn.cache import remember
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from vlm_jax.nn.params import scan, stack
 from vlm_jax.nn.remat import remat as wrapper
@@ -25,7 +26,7 @@ from vlm_jax.parallel.rules import shard
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, S, K, H] of slots 0..index-1, and the segment id of every slot [B, S] (0: empty or padding)."""
+    """Keys and values [L, B, K, S, H] of slots 0..index-1, and the segment id of every slot [B, S] (0: empty or padding)."""
 
     k: jax.Array
     v: jax.Array
@@ -63,12 +64,9 @@ class Attention(nnx.Module):
         q, k, v = (shard(y, "batch", "length", "act_heads", None) for y in (q, k, v))
         if stored is not None:
             keys, values, layer = stored
-            at = (layer, 0, ctx.index, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            keys, k = remember(keys, k, layer, ctx.index)
+            values, v = remember(values, v, layer, ctx.index)
             stored = (keys, values, layer)
-            k = jax.lax.dynamic_index_in_dim(keys, layer, 0, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(values, layer, 0, keepdims=False)
             k, v = (shard(y, "batch", None, "act_heads", None) for y in (k, v))
         out = checkpoint_name(attention(q, k, v, ctx.mask, ctx.impl), "attention")
         return checkpoint_name(self.o(out.reshape(B, T, -1)), "o"), stored
@@ -160,7 +158,7 @@ class Llama(nnx.Module):
 
 def empty_cache(c: LLMConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache for `rows` rows of at most `slots` slots."""
-    shape = (c.layers, rows, slots, c.kv_heads, c.head_dim)
+    shape = (c.layers, rows, c.kv_heads, slots, c.head_dim)
     return Cache(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32)
     )

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.config import T5Config
 from vlm_jax.nn.attention import Mask, attention
+from vlm_jax.nn.cache import AXES, heads_first, remember
 from vlm_jax.nn.dropout import dropout, place_of
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from vlm_jax.nn.params import normal, param, scan, stack
@@ -33,8 +34,8 @@ START = 0  # what the decoder reads first: the padding token
 
 
 class T5Cache(NamedTuple):
-    """What a decoder keeps: its own keys and values [L, B, S, N, H] of slots 0..index-1 with their segments [B, S], and those of the
-    encoder's T slots, memory_k and memory_v [L, B, T, N, H] with memory_segments [B, T].
+    """What a decoder keeps: its own keys and values [L, B, N, S, H] of slots 0..index-1 with their segments [B, S], and those of the
+    encoder's T slots, memory_k and memory_v [L, B, N, T, H] with memory_segments [B, T].
     """
 
     k: jax.Array
@@ -128,11 +129,8 @@ class DecoderBlock(nnx.Module):
         k, v = self.attn.keys_values(normed)
         if stored is not None:
             keys, values, layer, index = stored
-            at = (layer, 0, index, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            (keys, k), (values, v) = (remember(y, new, layer, index) for y, new in ((keys, k), (values, v)))
             stored = (keys, values)
-            k, v = (jax.lax.dynamic_index_in_dim(y, layer, 0, keepdims=False) for y in stored)
         x = x + dropout(self.attn(normed, k, v, masks[0], impl), self.drop, self.places[0])
         x = x + dropout(self.cross(self.norm2(x), *memory, masks[1], impl), self.drop, self.places[1])
         x = x + dropout(self.mlp(self.norm3(x)), self.drop, self.places[2])
@@ -193,16 +191,15 @@ class T5(nnx.Module):
     def start(self, memory: jax.Array, memory_segments: jax.Array, slots: int) -> T5Cache:
         """A cache for `slots` new tokens, the encoder's keys and values computed once for every layer."""
         c, rows = self.config, len(memory)
-        shape = (c.decoder_layers, rows, slots, c.heads, c.head_dim)
+        shape = (c.decoder_layers, rows, c.heads, slots, c.head_dim)
 
         def step(block: DecoderBlock, _, __) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            return None, block.cross.keys_values(memory)
+            return None, tuple(heads_first(y) for y in block.cross.keys_values(memory))
 
         _, (k, v) = scan(self.decoder.blocks, step, None)
-        split = (None, "batch", None, "act_heads", None)
-        empty = shard(jnp.zeros(shape, memory.dtype), *split)
+        empty = shard(jnp.zeros(shape, memory.dtype), *AXES)
         segments, index = jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32)
-        return T5Cache(empty, empty, segments, index, shard(k, *split), shard(v, *split), memory_segments)
+        return T5Cache(empty, empty, segments, index, shard(k, *AXES), shard(v, *AXES), memory_segments)
 
     def append(
         self, tokens: jax.Array, segments: jax.Array, cache: T5Cache, impl: str = "auto"
@@ -219,6 +216,7 @@ class T5(nnx.Module):
         def step(block: DecoderBlock, carry: tuple, layer: tuple) -> tuple[tuple, None]:
             x, stored = carry
             number, memory = layer
+            memory = tuple(heads_first(y) for y in memory)
             return block(x, memory, masks, impl, (*stored, number, cache.index)), None
 
         x = self.embed(tokens, cache.k.dtype)

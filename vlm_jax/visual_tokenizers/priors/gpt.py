@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.nn.attention import Mask, attention
+from vlm_jax.nn.cache import AXES, remember
 from vlm_jax.nn.dropout import drop_rows, dropout, place_of
 from vlm_jax.nn.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from vlm_jax.nn.params import normal, param, scan, stack
@@ -29,7 +30,7 @@ from vlm_jax.visual_tokenizers.priors.options import GPTConfig
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, S, K, H] of slots 0..index-1, and the segment of every slot [B, S] (0: empty)."""
+    """Keys and values [L, B, K, S, H] of slots 0..index-1, and the segment of every slot [B, S] (0: empty)."""
 
     k: jax.Array
     v: jax.Array
@@ -77,12 +78,9 @@ class Attention(nnx.Module):
         v = checkpoint_name(self.v(x), "qkv").reshape(B, T, self.kv_heads, self.head_dim)
         q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if stored is not None:
-            *whole, layer = stored
-            at = (layer, 0, ctx.index, 0, 0)
-            stored = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(whole, (k, v))
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(y, layer, 0, keepdims=False) for y in stored)
+            keys, values, layer = stored
+            (keys, k), (values, v) = (remember(y, new, layer, ctx.index) for y, new in ((keys, k), (values, v)))
+            stored = keys, values
         q, k, v = (shard(y, "batch", None, "act_heads", None) for y in (q, k, v))
         out = checkpoint_name(attention(q, k, v, ctx.mask, ctx.impl), "attention")
         return checkpoint_name(self.o(out.reshape(B, T, -1)), "o"), stored
@@ -193,9 +191,9 @@ class GPT(nnx.Module):
         """Read the condition: (hidden [B, D] that predicts the first code, cache with room for all codes but the last)."""
         c, rows = self.config, len(condition)
         front, segments = self._front(condition, mask, dtype)
-        shape = (c.layers, rows, c.slots + c.length - 1, c.kv_heads, c.head_dim)
-        empty = shard(jnp.zeros(shape, dtype), None, "batch", None, "act_heads", None)
-        cache = Cache(empty, empty, jnp.zeros((rows, shape[2]), jnp.int32), jnp.zeros((), jnp.int32))
+        shape = (c.layers, rows, c.kv_heads, c.slots + c.length - 1, c.head_dim)
+        empty = shard(jnp.zeros(shape, dtype), *AXES)
+        cache = Cache(empty, empty, jnp.zeros((rows, shape[3]), jnp.int32), jnp.zeros((), jnp.int32))
         hidden, cache = self._run(front, segments, cache, impl)
         return hidden[:, -1], cache
 

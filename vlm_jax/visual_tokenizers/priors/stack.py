@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.nn.attention import Mask, attention
+from vlm_jax.nn.cache import AXES, remember
 from vlm_jax.nn.dropout import dropout, place_of
 from vlm_jax.nn.layers import ACTIVATIONS, LayerNorm, Linear
 from vlm_jax.nn.params import normal, param, scan, stack, zeros
@@ -27,7 +28,7 @@ from vlm_jax.visual_tokenizers.priors.hierarchy_options import StackConfig
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, S, N, H] of all slots of a stack."""
+    """Keys and values [L, B, N, S, H] of all slots of a stack."""
 
     k: jax.Array
     v: jax.Array
@@ -47,12 +48,9 @@ class SelfAttention(nnx.Module):
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (checkpoint_name(f(x), "qkv").reshape(shape) for f in (self.q, self.k, self.v))
         if stored is not None:
-            *whole, layer, index = stored
-            at = (layer, 0, index, 0, 0)
-            stored = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(whole, (k, v))
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(y, layer, 0, keepdims=False) for y in stored)
+            keys, values, layer, index = stored
+            (keys, k), (values, v) = (remember(y, new, layer, index) for y, new in ((keys, k), (values, v)))
+            stored = keys, values
         q, k, v = (shard(y, "batch", None, "act_heads", None) for y in (q, k, v))
         mask = dataclasses.replace(mask, drop=self.drop, place=self.place)
         out = checkpoint_name(attention(q, k, v, mask, impl), "attention")
@@ -96,8 +94,8 @@ class Stack(nnx.Module):
     def empty(self, rows: int, slots: int, dtype: str) -> Cache:
         """A cache for `rows` rows of `slots` slots."""
         c = self.config
-        zero = jnp.zeros((c.layers, rows, slots, c.heads, c.width // c.heads), dtype)
-        return Cache(*(shard(zero, None, "batch", None, "act_heads", None) for _ in range(2)))
+        zero = jnp.zeros((c.layers, rows, c.heads, slots, c.width // c.heads), dtype)
+        return Cache(*(shard(zero, *AXES) for _ in range(2)))
 
     def __call__(
         self,
