@@ -67,6 +67,15 @@ def test_dense_is_attention_written_out(first, second, causal, window, kv_heads)
     np.testing.assert_allclose(ours, by_hand(q, k, v, np.asarray(ids), causal, window), atol=1e-5)
 
 
+def test_rows_that_half_a_chunk_divides_are_cut_too():
+    """CLIP-FlanT5's stage 1 has rows of 4864 slots, whose scores would take 14 GiB at once."""
+    q = jax.ShapeDtypeStruct((1, 4864, 32, 64), jnp.bfloat16)
+    assert attention_plain.chunk_of(4864) == 256 and attention_plain.chunk_of(4096) == 512
+    assert attention_plain.chunk_of(1152) == 128 and attention_plain.chunk_of(1100) == 0
+    with dropout_key(jax.random.key(0)):
+        assert choose(q, q, Mask(diagonals=jnp.zeros((32, 2 * 4864 - 1)), drop=0.1), "tpu") == "chunked"
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_chunked_equals_dense_with_gradients(window, monkeypatch):
     monkeypatch.setattr(attention_plain, "CHUNK", 8)

@@ -12,7 +12,7 @@
 | splash  | TPU        | yes    | yes      | yes    | no   | no        | no      | no    | no     | T + S                |
 | flash   | TPU        | yes    | yes      | yes    | yes  | yes       | no      | no    | yes    | T + S, or 256 S      |
 
-dense is the reference. chunked needs T in multiples of 512, blocked T and S in multiples of 128 (it leaves out blocks without an allowed
+dense is the reference. chunked needs T in multiples of 128, blocked T and S in multiples of 128 (it leaves out blocks without an allowed
 pair, and is what `auto` takes for rows on a CPU), context a mesh with seq > 1 that divides T (nn.attention_context), cudnn 16
 bits and a head width of at most 128 in multiples of 8, flash T and S in multiples of 128 and one bias for all rows. cache: query slots
 begin at an index that is known only when the program runs.
@@ -67,8 +67,8 @@ def attention(
 def refusal(impl: str, q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
     """Why `impl` cannot compute this call exactly, or None."""
     drops = bool(mask.drop and dropout.drawing())
-    if impl == "chunked" and q.shape[1] % attention_plain.CHUNK:
-        return f"{q.shape[1]} query slots are not a multiple of {attention_plain.CHUNK}"
+    if impl == "chunked" and not attention_plain.chunk_of(q.shape[1]):
+        return f"{q.shape[1]} query slots are not a multiple of {attention_plain.CHUNK // 4}"
     if impl == "context":
         return attention_context.refusal(q, k, mask)
     if impl in ("blocked", "cudnn", "splash", "flash") and drops:

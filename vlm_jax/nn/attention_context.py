@@ -42,8 +42,9 @@ def refusal(q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
     T, parts = q.shape[1], split_over(q.shape[1])
     if parts == 1:
         return f"its {T} query slots do not lie over several devices (mesh.seq, which must divide them)"
-    if mask.drop and dropout.drawing() and T >= attention_plain.LONG and _chunks(T) and not _chunks(T // parts):
-        return f"dropout is drawn for {attention_plain.CHUNK} query slots at a time, which do not divide {T} slots on {parts} devices"
+    chunk = attention_plain.chunk_of(T)
+    if mask.drop and dropout.drawing() and T >= attention_plain.LONG and chunk and T // parts % chunk:
+        return f"dropout is drawn for {chunk} query slots at a time, which do not divide {T} slots on {parts} devices"
     return None
 
 
@@ -57,7 +58,8 @@ def inner(q: jax.Array, k: jax.Array, mask: Mask, takes: Callable[[str], bool], 
             return kernel
     if platform == "gpu" and takes("cudnn"):
         return "cudnn"
-    return "chunked" if q.shape[1] >= attention_plain.LONG and _chunks(own) else "dense"
+    chunk = attention_plain.chunk_of(q.shape[1])
+    return "chunked" if q.shape[1] >= attention_plain.LONG and chunk and own % chunk == 0 else "dense"
 
 
 def context(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, name: str) -> jax.Array:
@@ -80,10 +82,6 @@ def context(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, 
 def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     """Mesh axes of one dimension of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _chunks(slots: int) -> bool:
-    return slots >= attention_plain.CHUNK and slots % attention_plain.CHUNK == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _apart(name: str, q, k, v, mask: Mask, scale: float, shards: _Shards) -> jax
     """Every device computes its rows of the mask by chunked, cudnn or flash."""
     of_q, of_k = attention_tpu.segments_of(q, k, mask)
     mask = dataclasses.replace(mask, q_segments=of_q, k_segments=of_k, q_offset=jnp.asarray(mask.q_offset))
-    T, S, size = q.shape[1], k.shape[1], q.shape[1] // shards.parts
+    T, S, size, chunk = q.shape[1], k.shape[1], q.shape[1] // shards.parts, attention_plain.chunk_of(q.shape[1])
     keys, whole = shards.keys(S)
     wide = PartitionSpec(shards.batch, keys, shards.heads, None)
     specs = shards.wide, wide, wide, attention_tpu.mask_spec(mask, shards.batch, shards.heads, shards.length, keys)
@@ -137,7 +135,7 @@ def _apart(name: str, q, k, v, mask: Mask, scale: float, shards: _Shards) -> jax
         here = dataclasses.replace(bare, q_segments=mask.q_segments, k_segments=whole(mask.k_segments))
         arguments = q, whole(k), whole(v), here, scale
         if name == "chunked":
-            return attention_plain.chunked(*arguments, first=index * (size // attention_plain.CHUNK))
+            return attention_plain.chunked(*arguments, first=index * (size // chunk), size=chunk)
         return {"cudnn": attention_plain.cudnn, "flash": attention_tpu.flash_rows}[name](*arguments)
 
     return shards.run(part, specs, q, k, v, mask)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vlm_jax.nn import dropout
 from vlm_jax.nn.masks import NEGATIVE, Mask
 
-CHUNK = 512  # query slots per step of the chunked implementation
+CHUNK = 512  # query slots per step of the chunked implementation; a half or a quarter where rows are no multiple of it
 LONG = 1024  # query slots from which "auto" takes them in chunks
 CUDNN = "cudnn"  # implementation of jax.nn.dot_product_attention
 
@@ -32,22 +32,28 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) ->
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
 
+def chunk_of(slots: int) -> int:
+    """Query slots per step for rows of `slots`; 0: no chunk divides them."""
+    return next((CHUNK // n for n in (1, 2, 4) if CHUNK >= n and slots % (CHUNK // n) == 0), 0)
+
+
 def chunked(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, first: jax.Array | int = 0
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, first: jax.Array | int = 0, size: int = 0
 ) -> jax.Array:
-    """Dense attention for CHUNK query slots at a time, recomputed in the backward pass.
+    """Dense attention for `size` query slots at a time (default: `chunk_of` q's), recomputed in the backward pass.
 
     first: number of the first chunk, under which its dropout is drawn, where q is a part of a row.
     """
     T, S = q.shape[1], k.shape[1]
+    size = size or chunk_of(T)
 
     @jax.checkpoint
     def block(i: jax.Array) -> jax.Array:
-        some = jax.lax.dynamic_slice_in_dim(q, i * CHUNK, CHUNK, 1)
+        some = jax.lax.dynamic_slice_in_dim(q, i * size, size, 1)
         with dropout.part(first + i):
-            return dense(some, k, v, mask.rows(T, S, i, CHUNK), scale)
+            return dense(some, k, v, mask.rows(T, S, i, size), scale)
 
-    out = jax.lax.map(block, jnp.arange(T // CHUNK))
+    out = jax.lax.map(block, jnp.arange(T // size))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
