@@ -77,7 +77,7 @@ ROWS = (
     Row("visual_tokenizer.py:unicode_hq", "v5e:4x8"),
     Row("visual_tokenizer.py:unicode_rq", "v5e:4x8"),
     Row("clip_flant5.py:xl,stage1", "v5e:2x4", accum(4)),
-    Row("clip_flant5.py:xxl,stage1", "v5e:4x4", ("--mesh=fsdp=4,tensor=4", *accum(8))),
+    Row("clip_flant5.py:xxl,stage1", "v5e:4x4", accum(2)),
     Row("llava15.py:13b,stage1", "v5e:4x4"),
     Row("llava15.py:13b,stage2,lora", "v5e:4x4", accum(2)),
     Row("llava15.py:13b,stage2", "v5p:2x2x1", accum(2)),
