@@ -57,7 +57,7 @@ setup(
             "transformers>=5.0,<6",
             *TFDS,
         ],
-        "parity": ["torch==2.13.0", "peft>=0.19"],
+        "parity": ["torch==2.13.0", "peft>=0.19", "scikit-image>=0.25"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.20"],
     },
 )
