@@ -327,10 +327,7 @@ def parse(name: str, arguments: list[str]) -> dict[str, Any]:
         raise SystemExit(0)
     try:
         rest = f(["vlm_jax", *several(arguments, f)])[1:]
-    except (
-        AttributeError,
-        KeyError,
-    ) as error:  # how ml_collections refuses an unknown key, or a key of an unknown group
+    except (AttributeError, KeyError) as error:  # how ml_collections refuses an unknown key, or one of an unknown group
         raise ValueError(unknown_key(str(error), arguments)) from None
     except (flags.Error, TypeError) as error:
         # the error of a config file comes as a traceback in text, whose last line is what went wrong

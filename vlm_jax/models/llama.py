@@ -63,10 +63,9 @@ class Attention(nnx.Module):
         q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         q, k, v = (shard(y, "batch", "length", "act_heads", None) for y in (q, k, v))
         if stored is not None:
-            keys, values, layer = stored
-            keys, k = remember(keys, k, layer, ctx.index)
-            values, v = remember(values, v, layer, ctx.index)
-            stored = (keys, values, layer)
+            *whole, layer = stored
+            whole, (k, v) = remember(whole, (k, v), layer, ctx.index)
+            stored = (*whole, layer)
             k, v = (shard(y, "batch", None, "act_heads", None) for y in (k, v))
         out = checkpoint_name(attention(q, k, v, ctx.mask, ctx.impl), "attention")
         return checkpoint_name(self.o(out.reshape(B, T, -1)), "o"), stored

@@ -128,9 +128,8 @@ class DecoderBlock(nnx.Module):
         normed = self.norm1(x)
         k, v = self.attn.keys_values(normed)
         if stored is not None:
-            keys, values, layer, index = stored
-            (keys, k), (values, v) = (remember(y, new, layer, index) for y, new in ((keys, k), (values, v)))
-            stored = (keys, values)
+            *whole, layer, index = stored
+            stored, (k, v) = remember(whole, (k, v), layer, index)
         x = x + dropout(self.attn(normed, k, v, masks[0], impl), self.drop, self.places[0])
         x = x + dropout(self.cross(self.norm2(x), *memory, masks[1], impl), self.drop, self.places[1])
         x = x + dropout(self.mlp(self.norm3(x)), self.drop, self.places[2])

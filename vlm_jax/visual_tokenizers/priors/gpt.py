@@ -78,9 +78,8 @@ class Attention(nnx.Module):
         v = checkpoint_name(self.v(x), "qkv").reshape(B, T, self.kv_heads, self.head_dim)
         q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if stored is not None:
-            keys, values, layer = stored
-            (keys, k), (values, v) = (remember(y, new, layer, ctx.index) for y, new in ((keys, k), (values, v)))
-            stored = keys, values
+            *whole, layer = stored
+            stored, (k, v) = remember(whole, (k, v), layer, ctx.index)
         q, k, v = (shard(y, "batch", None, "act_heads", None) for y in (q, k, v))
         out = checkpoint_name(attention(q, k, v, ctx.mask, ctx.impl), "attention")
         return checkpoint_name(self.o(out.reshape(B, T, -1)), "o"), stored

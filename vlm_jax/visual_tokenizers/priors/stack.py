@@ -48,9 +48,8 @@ class SelfAttention(nnx.Module):
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (checkpoint_name(f(x), "qkv").reshape(shape) for f in (self.q, self.k, self.v))
         if stored is not None:
-            keys, values, layer, index = stored
-            (keys, k), (values, v) = (remember(y, new, layer, index) for y, new in ((keys, k), (values, v)))
-            stored = keys, values
+            *whole, layer, index = stored
+            stored, (k, v) = remember(whole, (k, v), layer, index)
         q, k, v = (shard(y, "batch", None, "act_heads", None) for y in (q, k, v))
         mask = dataclasses.replace(mask, drop=self.drop, place=self.place)
         out = checkpoint_name(attention(q, k, v, mask, impl), "attention")
