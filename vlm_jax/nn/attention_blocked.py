@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vlm_jax.nn.cache import heads_first
 from vlm_jax.nn.masks import NEGATIVE, Mask
 
 BLOCK = 128  # query and key slots
@@ -40,7 +41,7 @@ def blocked(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> tuple[jax.Array, Kept]:
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]
-    (first, end), heads = bounds(mask, T, S), _heads_first(q, k, v, K)
+    (first, end), heads = bounds(mask, T, S), (_grouped(q, K), heads_first(k), heads_first(v))
     row = jnp.zeros((B, K, N // K, BLOCK), jnp.float32)
 
     def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +75,8 @@ def _backward(scale: float, kept: Kept, given: jax.Array) -> tuple[jax.Array, ja
     K, S = k.shape[2], k.shape[1]
     inner = jnp.sum(given.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     inner = jnp.moveaxis(inner.reshape(B, T, K, N // K, 1), 1, -2)
-    (first, end), heads, given = bounds(mask, T, S), _heads_first(q, k, v, K), _heads_first(given, k, v, K)[0]
+    (first, end), given = bounds(mask, T, S), _grouped(given, K)
+    heads = _grouped(q, K), heads_first(k), heads_first(v)
 
     def queries(totals: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
         some, given_some, inner_some = _cut(heads[0], i), _cut(given, i), _cut(inner, i)
@@ -94,7 +96,7 @@ def _backward(scale: float, kept: Kept, given: jax.Array) -> tuple[jax.Array, ja
     zeros = jnp.zeros(heads[1].shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(queries, (zeros, zeros), jnp.arange(T // BLOCK))
     dq = jnp.moveaxis(dq, (0, 4), (1, 2)).reshape(q.shape)
-    return dq.astype(q.dtype), *(jnp.moveaxis(x, 2, 1).astype(k.dtype) for x in (dk, dv)), None
+    return dq.astype(q.dtype), *(heads_first(x).astype(k.dtype) for x in (dk, dv)), None
 
 
 blocked.defvjp(_forward, _backward)
@@ -122,10 +124,9 @@ def _spans(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
 
 
-def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, K, G, T, H], k and v [B, K, S, H], so that blocks of them are multiplied as they lie."""
-    grouped = q.reshape(*q.shape[:2], heads, -1, q.shape[-1])
-    return jnp.moveaxis(grouped, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+def _grouped(q: jax.Array, heads: int) -> jax.Array:
+    """[B, T, N, H] -> [B, K, G, T, H], so that blocks are multiplied as they lie."""
+    return jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, q.shape[-1]), 1, 3)
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: Mask, scale: float) -> jax.Array:
