@@ -12,7 +12,8 @@ import jax
 from flax import nnx
 
 from vlm_jax.parallel.rules import shard
-from vlm_jax.visual_tokenizers.layers import AttentionBlock, Conv, GroupNorm, ResidualBlock, nearest_upsample
+from vlm_jax.visual_tokenizers.group_norm import GroupNorm
+from vlm_jax.visual_tokenizers.layers import AttentionBlock, Conv, ResidualBlock, UpsampleConv
 from vlm_jax.visual_tokenizers.options import AutoencoderConfig
 
 CHANNELS = 3
@@ -71,7 +72,7 @@ class Encoder(nnx.Module):
             level = getattr(self, f"level_{i}")
             x = level(x)
             x = x if level.resample is None else level.resample(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x), silu=True))
 
 
 class Decoder(nnx.Module):
@@ -82,7 +83,7 @@ class Decoder(nnx.Module):
         din = c.widths[-1]
         self.conv_in, self.mid = Conv(c.latent, din, 3, rngs, pad=1), Middle(c, rngs)
         for i, width in reversed(list(enumerate(c.widths))):
-            up = Conv(width, width, 3, rngs, pad=1) if i > 0 or c.init_downsample else None
+            up = UpsampleConv(width, width, rngs) if i > 0 or c.init_downsample else None
             setattr(self, f"level_{i}", Level((din, *[width] * (c.blocks + 1)), c.attends(i, True), up, rngs, c.groups))
             din = width
         self.norm_out, self.conv_out = GroupNorm(din, rngs, c.groups), Conv(din, CHANNELS, 3, rngs, pad=1)
@@ -96,5 +97,5 @@ class Decoder(nnx.Module):
         for i in reversed(range(self.levels)):
             level = getattr(self, f"level_{i}")
             x = level(x)
-            x = x if level.resample is None else level.resample(nearest_upsample(x))
-        return jax.nn.silu(self.norm_out(x))
+            x = x if level.resample is None else level.resample(x)
+        return self.norm_out(x, silu=True)

@@ -18,7 +18,8 @@ from flax import nnx
 from vlm_jax.config import at_least_one, one_of
 from vlm_jax.nn.layers import Linear
 from vlm_jax.nn.params import normal, ones, param, zeros
-from vlm_jax.visual_tokenizers.layers import Conv, GroupNorm
+from vlm_jax.visual_tokenizers.group_norm import GroupNorm
+from vlm_jax.visual_tokenizers.layers import Conv
 
 NORMS = ("batch", "group", "act")
 Stats = dict[str, jax.Array]

@@ -1,4 +1,4 @@
-"""Convolutions, group norm, residual and attention blocks of the tokenizers and their critics, on [B, H, W, C].
+"""Convolutions, residual and attention blocks of the tokenizers and their critics, on [B, H, W, C].
 
 Kernels are [k, k, in, out]; only `embed` (the FSDP axes) shards them, since convolutions of these widths gain nothing from more.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlm_jax.nn.attention import Mask, attention
-from vlm_jax.nn.params import Init, ones, param, zeros
+from vlm_jax.nn.params import Init, param
+from vlm_jax.visual_tokenizers.group_norm import GroupNorm
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -53,6 +55,29 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+# Of a picture whose pixels are doubled, taps 0 1 2 of a kernel see two source pixels: even places (a bc), odd places (ab c)
+_DOUBLED = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)  # [parity, source pixel, tap]
+
+
+class UpsampleConv(Conv):
+    """Convolution 3 x 3 of the nearest-upsampled input: [B, H, W, I] -> [B, 2H, 2W, O].
+
+    Output pixels of each of the four parities see a 2 x 2 window of the source through sums of taps, so four 2 x 2 convolutions give
+    the same numbers for 4/9 of the work (sub-pixel convolution, arXiv 1609.05158).
+    """
+
+    def __init__(self, din: int, dout: int, rngs: nnx.Rngs):
+        super().__init__(din, dout, 3, rngs, pad=1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(jnp.float32)
+        kernels = jnp.einsum("pak,qbl,klio->pqabio", _DOUBLED, _DOUBLED, kernel)
+        sides = (1, 0), (0, 1)  # windows of even places begin one before
+        rows = [jnp.stack([convolve(x, kernels[p, q], pad=(sides[p], sides[q])) for q in (0, 1)], 3) for p in (0, 1)]
+        b, h, w, _ = x.shape
+        return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(x.dtype)
+
+
 class ConvTranspose(nnx.Module):
     """Transposed convolution whose stride is its size k: [B, H, W, I] -> [B, kH, kW, O]."""
 
@@ -68,26 +93,6 @@ class ConvTranspose(nnx.Module):
         return y.reshape(b, h * kernel.shape[0], w * kernel.shape[1], -1) + self.bias[...].astype(x.dtype)
 
 
-class GroupNorm(nnx.Module):
-    """eps 1e-6, float32 statistics over space and the channels of a group."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs, groups: int = 32, eps: float = 1e-6):
-        self.scale, self.bias = param(rngs, ones, (width,), (None,)), param(rngs, zeros, (width,), (None,))
-        self.groups, self.eps = groups, eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        f = x.astype(jnp.float32)
-        f = f - self._mean(f)
-        scale = jax.lax.rsqrt(self._mean(f * f) + self.eps) * self.scale[...]
-        return (f * scale + self.bias[...]).astype(x.dtype)
-
-    def _mean(self, x: jax.Array) -> jax.Array:
-        """Mean over space and the channels of a group, [B, 1, 1, C]: channels stay the last axis, which is what makes it fast."""
-        b, c = x.shape[0], x.shape[-1]
-        means = x.mean((1, 2)).reshape(b, self.groups, c // self.groups).mean(-1, keepdims=True)
-        return jnp.broadcast_to(means, (b, self.groups, c // self.groups)).reshape(b, 1, 1, c)
-
-
 class ResidualBlock(nnx.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))); the shortcut is 1x1 where the width changes."""
 
@@ -97,8 +102,8 @@ class ResidualBlock(nnx.Module):
         self.shortcut = Conv(din, dout, 1, rngs) if din != dout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.norm2(h, silu=True))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
