@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.convert.tensors import AS_IS, DTYPES, TRANSPOSE, Leaf, Tensor
+from vlm_jax.convert.tensors import AS_IS, DTYPES, STRIP, TRANSPOSE, Leaf, Tensor, copy
+from vlm_jax.models import placing
+from vlm_jax.models.placing import place
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
-from vlm_jax.train.placing import place
 
 
 class Counted:
-    """A source of one parameter that counts the numbers it is asked for."""
+    """A source of one parameter that counts the numbers it is asked for, and notes the slices."""
 
     def __init__(self, values):
-        self.values, self.read_in_all, self.largest = values, 0, 0
+        self.values, self.read_in_all, self.largest, self.asked = values, 0, 0, []
 
     def read(self, path, index):
         part = self.values[index]
+        self.asked.append(tuple((one.start, one.stop) for one in index))
         self.read_in_all += part.size
         self.largest = max(self.largest, part.size)
         return part
@@ -37,6 +39,25 @@ def test_layers_are_read_once_for_all_devices(spec, sizes):
     assert placed.sharding.is_equivalent_to(goal.sharding, 3) and placed.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(placed), values.astype(jnp.bfloat16))
     assert source.read_in_all == values.size and source.largest == 16 * 24, "once, and one layer at a time"
+
+
+@pytest.mark.parametrize(
+    "path, shape, pieces",
+    [
+        ("a/kernel", (2, 6, 20), [((k, k + 1), (0, 6), (c, c + 5)) for k in (0, 1) for c in range(0, 20, 5)]),
+        ("a/kernel", (6, 20), [((0, 6), (c, c + 5)) for c in range(0, 20, 5)]),
+        ("a/embedding", (7, 8), [((0, 3), (0, 8)), ((3, 6), (0, 8)), ((6, 7), (0, 8))]),
+        ("a/kernel_codes", (2, 4, 8), [((k, k + 1), (r, min(r + 3, 4)), (0, 8)) for k in (0, 1) for r in (0, 3)]),
+        ("a/bias", (70,), [((0, 30),), ((30, 60),), ((60, 70),)]),
+    ],
+)
+def test_pieces_lie_together_in_a_torch_file(monkeypatch, path, shape, pieces):
+    """Of a kernel, (out, in) there, some columns at a time, of everything else some rows; 30 numbers at most."""
+    monkeypatch.setattr(placing, "CHUNK", 30)
+    source = Counted(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
+    placed = place(source, path, jax.ShapeDtypeStruct(shape, jnp.float32))
+    np.testing.assert_array_equal(np.asarray(placed), source.values)
+    assert sorted(source.asked) == sorted(pieces)
 
 
 def test_slices_that_lie_far_apart_are_read_alone():
@@ -75,7 +96,7 @@ def test_without_a_mesh_and_without_axes():
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_leaf_is_what_its_layout_says(dtype, layout, stacked):
     """Sizes that strips do not divide; whole and by slices."""
-    layers = np.random.default_rng(1).normal(size=(2 if stacked else 1, 37, 45)).astype(dtype)
+    layers = np.random.default_rng(1).normal(size=(2 if stacked else 1, STRIP + 37, 45)).astype(dtype)
     parts = tuple(Tensor(str(k), one.shape, one.dtype, "file", one.__getitem__) for k, one in enumerate(layers))
     wanted = np.stack([one.T if layout is TRANSPOSE else one for one in layers])
     leaf = Leaf("kernel", parts, layout, stacked)
@@ -84,3 +105,13 @@ def test_a_leaf_is_what_its_layout_says(dtype, layout, stacked):
         found = leaf.read(index)
         np.testing.assert_array_equal(found, wanted if index is None else wanted[index])
         assert found.flags.c_contiguous and found.dtype == dtype
+
+
+@pytest.mark.parametrize("stored", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("wanted", DTYPES.values(), ids=str)
+def test_a_transposed_copy_casts_as_numpy_does(stored, wanted):
+    values = np.random.default_rng(2).normal(size=(2 * STRIP + 5, 33)).astype(stored)
+    for part in (values.T, values.T[4:9, 3:], values.T[:, ::-1]):
+        out = np.zeros(part.shape, wanted)
+        copy(part, out)
+        assert out.tobytes() == part.astype(wanted).tobytes()

@@ -7,7 +7,7 @@ from tests.goldens import cases
 from vlm_jax.config import IMAGE
 from vlm_jax.convert.read import open_checkpoint
 from vlm_jax.generate.decode import Decoding, Generator
-from vlm_jax.generate.load import eos_of, place
+from vlm_jax.generate.load import eos_of, place_all
 from vlm_jax.generate.rows import Picture, Prompt
 
 CASES = [path for path in cases("llava_hf", "*/reference.npz") if "generated_ids" in np.load(path).files]
@@ -26,7 +26,7 @@ def prompt_of(ids, image_token, features, pixels):
 @pytest.fixture(scope="module", params=CASES, ids=lambda p: p.parent.name)
 def case(request):
     z, checkpoint = np.load(request.param), open_checkpoint(request.param.parent)
-    generator = Generator(checkpoint.config, place(checkpoint, np.float32, None), eos=eos_of(checkpoint))
+    generator = Generator(checkpoint.config, place_all(checkpoint, np.float32, None), eos=eos_of(checkpoint))
     ends = np.cumsum(z["n_images_per_row"])
     prompts = [
         prompt_of(

@@ -10,15 +10,16 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.convert.files import read_json, write_json
-from vlm_jax.convert.tensors import DTYPES, CheckpointError, Index, Tensor, full, resolve
+from vlm_jax.convert.raw import read_slice
+from vlm_jax.convert.tensors import DTYPES, CheckpointError, Tensor
 from vlm_jax.convert.torch_pickle import read_tensors
 
 STORED = {
@@ -35,39 +36,31 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_file(path: Path) -> dict[str, Tensor]:
     """Lazy tensors of one safetensors file; a damaged file raises one sentence."""
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            views = {name: file.get_slice(name) for name in file.keys()}
-            found = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+        with safe_open(str(path), framework="numpy") as checked:  # sizes and offsets, which it does not tell
+            names = list(checked.keys())
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file ({error}): copy or download it again"
         ) from error
-    for name, (_, code) in found.items():
+    for name in names:
+        code = header[name]["dtype"]
         if code not in STORED:
             raise CheckpointError(
                 f"{path}: tensor {name} is stored as {code}, which is not supported: use float32, float16 or bfloat16"
             )
-    return {name: _lazy(name, shape, STORED[code], path) for name, (shape, code) in found.items()}
+    return {name: _lazy(name, header[name], 8 + length, path) for name in names}
 
 
-def _lazy(name: str, shape: tuple[int, ...], dtype: np.dtype, path: Path) -> Tensor:
-    """One tensor of a file, read through `get_slice` so that only the asked slice is touched.
-
-    The file is opened for each read: an open one stays mapped, and a conversion would end with the whole
-    model in its resident memory.
-    """
-
-    def read(index: Index) -> np.ndarray:
-        index = resolve(index, shape)
-        if any(i.stop <= i.start for i in index):
-            return np.empty([max(0, i.stop - i.start) for i in index], dtype)
-        with safe_open(str(path), framework="numpy") as file:
-            # a slice over everything is a plain copy; get_slice also refuses an index without axes
-            return file.get_tensor(name) if index == full(shape) else file.get_slice(name)[index]
-
-    return Tensor(name, shape, dtype, str(path), read)
+def _lazy(name: str, entry: Mapping[str, Any], data: int, path: Path) -> Tensor:
+    """One tensor of a file whose data begin at byte `data`."""
+    shape, dtype = tuple(entry["shape"]), STORED[entry["dtype"]]
+    offset = data + entry["data_offsets"][0]
+    return Tensor(name, shape, dtype, str(path), lambda index: read_slice(path, offset, shape, dtype, index))
 
 
 def read_directory(directory: Path) -> dict[str, Tensor]:

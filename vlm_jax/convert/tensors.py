@@ -22,6 +22,7 @@ import numpy as np
 from vlm_jax.config import UserError
 
 Index = tuple[slice, ...]
+STRIP, PAD = 128, 64  # rows at a time, and bytes between them, where an array is transposed
 
 DTYPES = {
     "f32": np.dtype(np.float32),
@@ -75,7 +76,7 @@ class Layout:
     def write(self, ours: np.ndarray, theirs: Sequence[int]) -> np.ndarray:
         """Our array in the file's layout; `theirs` is its shape there."""
         if self.kind == "transpose":
-            return np.ascontiguousarray(ours.T)
+            return contiguous(ours.T)
         if self.kind == "patch":
             width, channels, height, breadth = theirs
             return np.ascontiguousarray(ours.reshape(height, breadth, channels, width).transpose(3, 2, 0, 1))
@@ -114,27 +115,38 @@ class Leaf:
         """
         index = full(self.shape) if index is None else resolve(index, self.shape)
         if not self.stacked:
-            found = self.layout.read(self.parts[0], index)
-            if found.flags.c_contiguous:
-                return found
-            out = np.empty(found.shape, found.dtype)
-            _copy(found, out)
-            return out
+            return contiguous(self.layout.read(self.parts[0], index))
         layers = range(len(self.parts))[index[0]]
         out = np.empty((len(layers), *(i.stop - i.start for i in index[1:])), self.dtype)
         for row, layer in enumerate(layers):
-            _copy(self.layout.read(self.parts[layer], index[1:]), out[row])
+            copy(self.layout.read(self.parts[layer], index[1:]), out[row])
         return out
 
 
-def _copy(values: np.ndarray, out: np.ndarray) -> None:
-    """values -> out; a transposed array in strips as wide as a line of the processor's cache, which is five times as fast."""
-    if values.ndim != 2 or not values.flags.f_contiguous or values.flags.c_contiguous:
+def copy(values: np.ndarray, out: np.ndarray) -> None:
+    """values -> out, cast where the types differ; a transposed array by strips of rows of the file.
+
+    In a strip rows lie PAD bytes further apart: a processor's cache has one place for bytes that are a power of two apart, as rows of
+    4096 numbers are, and a column would push itself out of it.
+    """
+    if values.ndim != 2 or values.strides[0] >= values.strides[1]:
         out[...] = values
         return
-    strip = max(1, 32 // values.itemsize)
-    for start in range(0, values.shape[1], strip):
-        out[:, start : start + strip] = values[:, start : start + strip]
+    rows = values.T
+    room = np.empty((min(STRIP, rows.shape[0]), rows.shape[1] + PAD // out.itemsize), out.dtype)[:, : rows.shape[1]]
+    for start in range(0, len(rows), STRIP):
+        strip = room[: len(rows) - start]
+        strip[...] = rows[start : start + STRIP]
+        out[:, start : start + STRIP] = strip.T
+
+
+def contiguous(values: np.ndarray) -> np.ndarray:
+    """`values` themselves, or copied where their last axis is not the closest."""
+    if values.flags.c_contiguous:
+        return values
+    out = np.empty(values.shape, values.dtype)
+    copy(values, out)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from vlm_jax.config import QuantConfig, VLMConfig, one_of
 from vlm_jax.convert.files import read_json
@@ -39,6 +38,7 @@ from vlm_jax.generate.decode import Generator
 from vlm_jax.generate.rows import Picture, Prompt
 from vlm_jax.models import vlm
 from vlm_jax.models.adapters import stored_dtype
+from vlm_jax.models.placing import place
 from vlm_jax.models.quantised import quantised
 from vlm_jax.models.vlm import Compute
 from vlm_jax.nn.quantise import is_quantised
@@ -49,8 +49,6 @@ from vlm_jax.parallel.mesh import MeshConfig, make_mesh
 _OF_CHAT_TEMPLATE = (
     ("<|im_start|>", "chatml_direct"), ("<<SYS>>", "llama_2"), ("[INST]", "mistral_instruct"), ("ASSISTANT", "v1"), ("###", "llava_v0")
 )  # fmt: skip
-
-Read = Callable[[Any], np.ndarray]  # a slice of a parameter, by index
 
 
 class Loaded(NamedTuple):
@@ -132,7 +130,7 @@ def load_model(
     check_vocabulary(tokenizer, config.llm.vocab, str(home))
     written = template(template_name or template_for(home))
     stored = jnp.dtype(dtype or usual_dtype())
-    params = place(checkpoint, stored, mesh, config)
+    params = place_all(checkpoint, stored, mesh, config)
     start_end = bool(checkpoint.raw.get("mm_use_im_start_end")) or START_END in _chat_template(home)
     loaded = Loaded(
         config, params, tokenizer, Preprocess.of(config), written, eos_of(checkpoint, tokenizer.eos_id), start_end
@@ -140,36 +138,36 @@ def load_model(
     if opened is None:
         return loaded
 
-    put = placer(config, stored, mesh)
-    params |= {path: put(path, value.__getitem__) for path, value in opened.leaves().items()}
-    switch = Switch(opened, lambda path, value: put(path, value.__getitem__))
+    goals = goals_of(config, stored, mesh)
+
+    def put(path: str, value: np.ndarray) -> jax.Array:
+        return jax.device_put(np.asarray(value).astype(goals[path].dtype), goals[path].sharding)
+
+    params |= {path: put(path, value) for path, value in opened.leaves().items()}
+    switch = Switch(opened, put)
     return loaded._replace(adapters=switch).use({switch.names[0]: 1.0} if use is None else use)
 
 
-def placer(config: VLMConfig, dtype: Any, mesh: Mesh | None) -> Callable[[str, Read], jax.Array]:
-    """(path, read(index)) -> the parameter on `mesh` (or the default device), in `dtype` unless it has a type of its own."""
+def goals_of(config: VLMConfig, dtype: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter on `mesh` (None: the default device), in `dtype` unless it has a type of its own."""
     with contextlib.nullcontext() if mesh is None else rules.use(mesh):
-        shardings = vlm.shardings(config)
-    alone, shapes = SingleDeviceSharding(jax.devices()[0]), vlm.shapes(config)
-
-    def put(path: str, read: Read) -> jax.Array:
-        like, sharding = shapes[path], shardings[path] if shardings else alone
-        stored = stored_dtype(path, dtype, like.dtype)
-        return jax.make_array_from_callback(like.shape, sharding, lambda index: np.asarray(read(index)).astype(stored))
-
-    return put
+        shardings = vlm.shardings(config) or {}
+    return {
+        path: jax.ShapeDtypeStruct(like.shape, stored_dtype(path, dtype, like.dtype), sharding=shardings.get(path))
+        for path, like in vlm.shapes(config).items()
+    }
 
 
-def place(
+def place_all(
     checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None, config: VLMConfig | None = None
 ) -> dict[str, jax.Array]:
     """Every parameter of an open checkpoint in `dtype` on `mesh`. config: the model it is for (default: its own), which may quantise
     kernels; adapters of that model which are not in the checkpoint are left out."""
     config = config or checkpoint.config
-    put, source = placer(config, dtype, mesh), quantised(checkpoint, config)
+    source = quantised(checkpoint, config)
     return {
-        path: put(path, functools.partial(source.read, path))
-        for path in vlm.shapes(config)
+        path: place(source, path, goal)
+        for path, goal in goals_of(config, dtype, mesh).items()
         if path in checkpoint.leaves or is_quantised(path)
     }
 

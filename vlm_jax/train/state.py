@@ -21,13 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlm_jax.config import ConfigError, VLMConfig
 from vlm_jax.models import vlm
 from vlm_jax.models.adapters import LORA_A, LORA_SCALE, UNUSED, stored_dtype
+from vlm_jax.models.placing import place
 from vlm_jax.models.quantised import LeafSource, quantised
 from vlm_jax.nn.params import Params
 from vlm_jax.nn.quantise import is_quantised
 from vlm_jax.parallel import rules
 from vlm_jax.train import optimizer
 from vlm_jax.train.options import TrainConfig
-from vlm_jax.train.placing import place
 
 
 @functools.partial(

@@ -1,9 +1,10 @@
 """Parameters from a checkpoint to where they live: every part of a file is read once, whatever number of devices share it.
 
-    layer l of `source` -> the box of all slices that devices of this host hold -> cut into the host's buffers, one per slice
+    part of layer l of `source` -> in the box of all slices that devices of this host hold -> cut into the host's buffers, one per slice
 
 A tensor of torch lies (out, in) in its file, and fsdp cuts our (in, out) along `in`: a slice touches every page of the tensor, so eight
-devices that read for themselves read the file eight times.
+devices that read for themselves read the file eight times. Several hosts do: along `in` each needs a few bytes of every row, which are
+closer together than what a system reads at once; cut along `out`, each reads its own part.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import numpy as np
 from vlm_jax.models.quantised import LeafSource
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) along every axis; slices cannot be keys before Python 3.12
-READERS = 8  # threads at most; each holds one layer of one parameter
+READERS = 16  # threads at most
+CHUNK = 1 << 20  # numbers that a thread holds, so few that they stay in its processor's cache
+KEPT = 31 << 20  # bytes, just below glibc's limit
 ALIGNED = 64  # bytes
 WASTE = 2  # a box may be so many times as large as the slices in it, else they are read one by one
 
@@ -32,7 +35,7 @@ def place(source: LeafSource, path: str, goal: jax.ShapeDtypeStruct) -> jax.Arra
     buffers = {spans: _aligned([stop - start for start, stop in spans], np.dtype(goal.dtype)) for spans in held}
     box = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*held, strict=True))
     boxes = [box] if _size(box) <= WASTE * sum(map(_size, held)) else list(held)
-    chunks = [chunk for one in boxes for chunk in _layers(one)]
+    chunks = [chunk for one in boxes for chunk in _chunks(path, one)]
 
     def fill(chunk: Spans) -> None:
         part = np.asarray(source.read(path, tuple(slice(*span) for span in chunk)))
@@ -41,6 +44,8 @@ def place(source: LeafSource, path: str, goal: jax.ShapeDtypeStruct) -> jax.Arra
             if all(start < stop for start, stop in both):
                 buffer[_inside(both, spans)] = part[_inside(both, chunk)]
 
+    # glibc keeps blocks up to the size of the largest that was ever freed, and gives larger ones back, to be cleared again at the next use
+    np.empty(KEPT, np.uint8)
     fill(chunks[0])  # alone, as a source may prepare a parameter when it is first asked for it
     if len(chunks) > 1:
         with concurrent.futures.ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
@@ -59,9 +64,18 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return room[start : start + size].view(dtype).reshape(shape)
 
 
-def _layers(box: Spans) -> list[Spans]:
-    """Stacked parameters layer by layer, others whole."""
-    return [((k, k + 1), *box[1:]) for k in range(*box[0])] if len(box) > 2 else [box]
+def _chunks(path: str, box: Spans) -> list[Spans]:
+    """`box` by layers where it has three axes, each cut to CHUNK numbers that lie together in a file of torch: columns of a kernel, else
+    rows.
+    """
+    layers = [((k, k + 1), *box[1:]) for k in range(*box[0])] if len(box) > 2 else [box]
+    if not box:
+        return layers
+    axis = max(0, len(box) - (1 if path.endswith("kernel") else 2))
+    start, stop = box[axis]
+    step = max(1, CHUNK * (stop - start) // _size(layers[0]))
+    cuts = [(k, min(k + step, stop)) for k in range(start, stop, step)]
+    return [(*layer[:axis], cut, *layer[axis + 1 :]) for layer in layers for cut in cuts]
 
 
 def _spans(index: Sequence[slice], shape: Sequence[int]) -> Spans:
