@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
+import os
 import time
 from collections.abc import Callable
 
@@ -22,6 +24,8 @@ import numpy as np
 import optax
 import torch
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tokenizer_torch import VQ
 
 from vlm_jax.nn.params import merge, split
@@ -44,8 +48,11 @@ class Ours:
         model = VisualTokenizer(config, nnx.Rngs(0))
         self.books = model.initial(jax.random.key(1))
         self.graph, self.params = split(model)
+        mesh = Mesh(np.array(jax.devices()[: args.devices]), ("data",))
+        self.split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         self.optimizer = optax.adam(RATE, *BETAS)
-        self.state = self.optimizer.init((self.params, self.books))
+        self.params, self.books = jax.device_put((self.params, self.books), everywhere)
+        self.state = jax.jit(self.optimizer.init, out_shardings=everywhere)((self.params, self.books))
         self.encode = jax.jit(lambda p, b, x: self.model(p).encode(x.astype(self.dtype), b)[0])
         self.latents = jax.jit(lambda p, x: self.model(p).latents(x.astype(self.dtype)))
         self.decode = jax.jit(lambda p, b, codes: self._decode(p, b, codes))
@@ -75,7 +82,7 @@ class Ours:
 
     def jobs(self, images: np.ndarray) -> dict[str, Callable[[], object]]:
         """{name: one round}."""
-        x = jnp.asarray(images)
+        x = jax.device_put(images, self.split)
         codes = self.encode(self.params, self.books, x)
         return {
             "encode": lambda: jax.block_until_ready(self.encode(self.params, self.books, x)),
@@ -142,7 +149,7 @@ def gap(ours, theirs) -> float:
 
 def check(ours: Ours, theirs: Theirs, images: np.ndarray) -> str:
     """Both networks agree in float32, or SystemExit says where they do not."""
-    x, t = jnp.asarray(images), theirs.place(images)
+    x, t = jax.device_put(images, ours.split), theirs.place(images)
     with jax.default_matmul_precision("highest"):
         mine = ours.encode(ours.params, ours.books, x), ours.latents(ours.params, x)
         picture = ours.decode(ours.params, ours.books, mine[0])
@@ -199,6 +206,7 @@ def search_memory(vectors: int, codes: int, width: int) -> dict[str, int]:
 
 
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     accelerated = jax.default_backend() != "cpu"
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flags.add_argument("--model", choices=MULTIPLIERS, default="vq16")
@@ -210,8 +218,10 @@ def main() -> None:
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if accelerated else "float32")
     flags.add_argument("--search", type=int, default=128 * 256, help="vectors of the search whose memory is looked at")
     flags.add_argument("--channels_last", action="store_true", help="torch in the layout that its GPU kernels prefer")
+    flags.add_argument("--devices", type=int, help="of ours; default: 1, on a CPU one for each core that gets images")
     flags.add_argument("--eager", action="store_true", help="no torch.compile on a GPU")
     args = flags.parse_args()
+    args.devices = args.devices or (1 if accelerated else math.gcd(args.images, os.cpu_count()))
 
     multipliers = MULTIPLIERS[args.model]
     config = TokenizerConfig(
@@ -227,7 +237,7 @@ def main() -> None:
     ours = exact if args.dtype == "float32" else Ours(args, config)
     size = sum(x.size for x in ours.params.values()) / 1e6
     print(f"{size:.1f} M parameters, {args.images} images of {args.size} x {args.size}, {args.dtype}; jax {jax.__version__} "
-          f"{jax.devices()[0].device_kind}; {theirs.name}")  # fmt: skip
+          f"{args.devices} {jax.devices()[0].device_kind}; {theirs.name}")  # fmt: skip
     sides = {"ours": ours.jobs(images), "torch": theirs.jobs(images)}
     on_cpu = theirs.device == "cpu" and jax.default_backend() == "cpu"
     for work, found in measure(sides, args.rounds).items():

@@ -30,6 +30,7 @@ class MeshConfig:
             sizes[sizes.index(-1)] = devices // known
         if math.prod(sizes) != devices:
             raise ConfigError(
-                f"mesh ({text}) does not divide the {devices} devices there are: change the config keys under mesh"
+                f"mesh ({text}) does not divide the {devices} devices there are: change the config keys under mesh, or on a CPU "
+                "set JAX_NUM_CPU_DEVICES, which makes as many devices as it says"
             )
         return tuple(sizes)
