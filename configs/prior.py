@@ -9,10 +9,17 @@ pixels. t2i also needs --config.data.captions=FOLDER with T5 features.
 RQ-Transformers: rq (ImageNet, 480 M), rq_imagenet_821m ..., rq_ffhq_355m, rq_cc3m_654m ...; they read the codebook of the tokenizer
 that made the codes: --config.init.tokenizer=DIR. HQ-Transformers: hq (ImageNet, S), hq_imagenet_l, hq_imagenet_level3 ..., hq_cc15m.
 Those of texts need --config.data.captions=FOLDER with their tokens (.npy).
-`smoke` makes any of them a tiny one on made-up codes.
+
+`images` trains any of them on images, which the frozen tokenizer encodes anew at every step, with the crops, drawn codes and soft labels
+of the original programs:
+
+    python -m vlm_jax train --config configs/prior.py:rq,images --config.data.path="('IMAGENET/train',)" --config.init.tokenizer=DIR
+
+`smoke` makes any of them a tiny one on made-up codes, or images.
 """
 
 import dataclasses
+from typing import Any
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data.code_options import CodeDataConfig
@@ -29,6 +36,7 @@ from vlm_jax.words import read_words
 
 CAPTIONS = "CAPTIONS"  # stands for the folder until data.captions is set
 TOKENIZER = "TOKENIZER"  # stands for the tokenizer until init.tokenizer is set
+IMAGES = "IMAGES"  # stands for the folder until data.path is set
 
 
 def llamagen() -> PriorTrainConfig:
@@ -43,7 +51,7 @@ def llamagen() -> PriorTrainConfig:
 
 
 def rq_transformer(batch: int = 2048, epochs: int = 100) -> PriorTrainConfig:
-    """stage2 configs of rq-vae-transformer; codes are hard targets here, theirs are drawn anew from soft ones each time."""
+    """stage2 configs of rq-vae-transformer; of codes in a file, which are hard targets, unless `images` says otherwise."""
     return PriorTrainConfig(
         epochs=epochs, global_batch=batch,
         lr=5e-4, beta1=0.9, beta2=0.95, weight_decay=1e-4, no_decay=(),  # AdamW over all parameters
@@ -74,11 +82,33 @@ TRAINED = {
 }
 
 
+CUTS = {  # part of a name -> crop, mirrored share
+    "ffhq": ("random_area", 0.5),  # RandomResizedCrop of 75 to 100 %, RandomHorizontalFlip
+    "church": ("centre", 0.0), "lsun": ("centre", 0.0),  # LSUN: CenterCrop
+    "cc": ("random_place", 0.0),  # Resize, RandomCrop; the RQ-Transformer's of cc3m lie nearer to the middle
+    "rq": ("random_place", 0.5),  # imagenet256x256: Resize, RandomCrop, RandomHorizontalFlip
+    "hq": ("random_place", 0.0),  # Resize, RandomCrop
+}  # fmt: skip
+# whose config.yaml has temp_soft_labels 1.0; the others of hqtransformer have none
+SOFT_HQ = ("hq", "hq_imagenet_s", "hq_imagenet_m", "hq_imagenet_l", "hq_ffhq", "hq_cc15m")
+
+
+def on_images(size: str, text: bool) -> tuple[CodeDataConfig, dict[str, Any]]:
+    """(images as the program of a prior cuts them, train.* that say what it takes for their codes)."""
+    if size in PUBLISHED:  # extract_codes_t2i.py; extract_codes_c2i.py --ten-crop --crop-range 1.1
+        return CodeDataConfig(path=(IMAGES,), crop="centre_box" if text else "ten", margin=1.1), {}
+    crop, flip = next(cut for part, cut in CUTS.items() if part in size)
+    soft = {"soft_temperature": 1.0} if size in SOFT_HQ else {}
+    if size in RQ:  # loss: soft_target_cross_entropy, stochastic_codes true, temp 0.5
+        soft = {"soft_temperature": 0.5, "stochastic_codes": True}
+    return CodeDataConfig(path=(IMAGES,), crop=crop, flip=flip), soft
+
+
 def get_config(words: str = ""):
     """The recipe named by a size, and for LlamaGen's a condition and an image size (default: gpt_b, c2i, 256)."""
     sizes = {**PUBLISHED, **RQ, **HQ}
     chosen = read_words(
-        words, flags=("smoke",), size=tuple(sizes), condition=("c2i", "t2i"), pixels=("256", "384", "512")
+        words, flags=("smoke", "images"), size=tuple(sizes), condition=("c2i", "t2i"), pixels=("256", "384", "512")
     )
     size = chosen["size"]
     prior, output = sizes[size], f"runs/prior_{size}"
@@ -91,10 +121,14 @@ def get_config(words: str = ""):
         if (chosen["condition"], chosen["pixels"]) != ("c2i", "256"):
             raise ConfigError(f"the config words t2i, 384 and 512 are for LlamaGen's priors, not for {size}")
         train = TRAINED.get(size, rq_transformer() if size in RQ else hq_transformer())
+    data, images = CodeDataConfig(), "images" in chosen
+    if images:
+        data, soft = on_images(size, prior.condition == "caption")
+        train, output = dataclasses.replace(train, **soft), f"{output}_images"
     recipe = PriorRecipe(
         prior=prior,
-        init=PriorInit(tokenizer=TOKENIZER if isinstance(prior, RQTransformerConfig) else ""),
-        data=CodeDataConfig(captions=CAPTIONS if prior.condition in ("caption", "text") else ""),
+        init=PriorInit(tokenizer=TOKENIZER if images or isinstance(prior, RQTransformerConfig) else ""),
+        data=dataclasses.replace(data, captions=CAPTIONS if prior.condition in ("caption", "text") else ""),
         train=train,
         output=output,
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.goldens import beside
 from vlm_jax.nn.params import merge, split
 from vlm_jax.visual_tokenizers import names
 from vlm_jax.visual_tokenizers.options import AutoencoderConfig, QuantizerConfig, TokenizerConfig
@@ -111,6 +112,22 @@ def autoencoder_config(h: dict) -> AutoencoderConfig:
     )
 
 
+def rq_quantizer(info: dict) -> QuantizerConfig:
+    """QuantizerConfig of an RQ-VAE golden."""
+    return QuantizerConfig(
+        kind="rq",
+        codes=(info["n_embed"],),
+        width=info["embed_dim"],
+        depth=info["code_shape"][-1],
+        decay=info["decay"],
+        eps=info["eps"],
+        beta=info["latent_loss_weight"],
+        shared=info["shared_codebook"],
+        restart=info["restart_unused_codes"],
+        tile=20,
+    )
+
+
 def hq_quantizer(info: dict) -> QuantizerConfig:
     """QuantizerConfig of an HQ-VAE golden."""
     aux, upsample = info["hparams_aux"], info["hparams_aux"]["upsample"]
@@ -127,3 +144,10 @@ def hq_quantizer(info: dict) -> QuantizerConfig:
         shared=bool(aux["shared_codebook"]),
         tile=20,
     )
+
+
+def case(path: Path, shared_weights: str):
+    """(arrays, info, tensors, AutoencoderConfig) of a golden whose autoencoder's weights several goldens share."""
+    arrays, info = load(path)
+    encdec, hparams = load(beside(path, shared_weights))
+    return arrays, info, weights(encdec) | weights(arrays), autoencoder_config(hparams)

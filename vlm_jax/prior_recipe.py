@@ -16,8 +16,8 @@ from vlm_jax.visual_tokenizers.priors.options import GPTConfig
 class PriorInit:
     """What a run starts from. checkpoint: an exported prior, or one of its original program, whose weights go on; empty: random.
 
-    tokenizer: the one that made the codes, whose codebook an RQ-Transformer reads. random: random numbers stand in for one that is not
-    given, for smoke runs.
+    tokenizer: the one that made the codes, whose codebook an RQ-Transformer reads, or that encodes the images of data.path. random:
+    random numbers stand in for one that is not given, for smoke runs.
     """
 
     checkpoint: str = ""
@@ -51,18 +51,32 @@ class PriorRecipe:
             raise ConfigError(
                 f"data.captions has no meaning for prior.condition={condition}: leave it empty, or train a caption prior"
             )
+        self._check_codes()
         reads = isinstance(self.prior, RQTransformerConfig) and self.prior.reads_codebook
         if reads and not (self.init.tokenizer or self.init.random):
             raise ConfigError(
                 "init.tokenizer is empty: this RQ-Transformer reads the codebook of the tokenizer that made the codes, so name it"
             )
 
+    def _check_codes(self) -> None:
+        """Raise ConfigError for images without a tokenizer, and for soft labels without images."""
+        if self.data.path and not (self.init.tokenizer or self.init.random):
+            raise ConfigError(
+                "init.tokenizer is empty: name the tokenizer that turns the images of data.path into codes"
+            )
+        if self.train.soft_temperature and not self.data.path:
+            raise ConfigError(
+                f"train.soft_temperature={self.train.soft_temperature} asks for soft labels, which need images, and data.codes has hard "
+                "codes alone: give data.path in its place, or set train.soft_temperature=0.0 and train.stochastic_codes=False"
+            )
+
 
 def shrink(recipe: PriorRecipe) -> PriorRecipe:
-    """Same structure, smoke sizes, six updates on made-up codes."""
+    """Same structure, smoke sizes, six updates on made-up codes, or on made-up images with a random tokenizer."""
     prior = shrunk(recipe.prior)
     train = dataclasses.replace(recipe.train, steps=6, global_batch=8, log_every=1, save_every=3, dtype="float32")
-    data = CodeDataConfig(generated=32, threads=2)
+    d = recipe.data
+    data = CodeDataConfig(path=d.path, crop=d.crop, flip=d.flip, generated=32, threads=2)
     made = {"init": PriorInit(random=True), "output": f"{recipe.output}_smoke"}
     return dataclasses.replace(recipe, prior=prior, train=train, data=data, **made)
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from tests.golden_tokenizers import hq_quantizer, last, load, weights
+from tests.golden_tokenizers import case, hq_quantizer, last, load, rq_quantizer, weights
 from tests.goldens import golden
 from vlm_jax.convert.hierarchical_prior import hq_config, rq_config
+from vlm_jax.convert.visual_tokenizer import Tokenizer
 from vlm_jax.nn.params import merge
+from vlm_jax.train.prior_codes import ImageCoder
+from vlm_jax.train.prior_loss import prior_loss
+from vlm_jax.train.prior_options import PriorTrainConfig
+from vlm_jax.visual_tokenizers import names
 from vlm_jax.visual_tokenizers.bottlenecks import bottleneck
 from vlm_jax.visual_tokenizers.codebook import TABLE
+from vlm_jax.visual_tokenizers.options import TokenizerConfig
 from vlm_jax.visual_tokenizers.priors import hierarchy_names, models
 from vlm_jax.visual_tokenizers.priors.hierarchy_loss import cross_entropy, hq_losses, rq_losses
 from vlm_jax.visual_tokenizers.priors.hierarchy_sampling import sampler
@@ -60,7 +68,8 @@ def test_rq_transformer(path):
     @jax.jit
     def run(p):
         logits = merge(graph, p)(codes, table, condition)
-        return logits, rq_losses(config, logits, codes, condition), rq_losses(config, logits, soft, condition)
+        softly = prior_loss(merge(graph, p), {"codes": codes, "soft": soft, "labels": condition}, table=table)[1]
+        return logits, rq_losses(config, logits, codes, condition), softly
 
     logits, losses, softly = run(params)
     np.testing.assert_allclose(logits.image, arrays["logits"], **LOGITS)
@@ -146,6 +155,32 @@ def test_soft_labels_of_two_levels(path):
             wanted = arrays.get(f"soft_{level}_temp{temperature}_b0")
             if wanted is not None:
                 np.testing.assert_allclose(labels[0].reshape(wanted.shape), wanted, atol=2e-4)
+
+
+@golden("unicode", "rqvae_*.npz", "hq_sim_*.npz")
+def test_a_step_makes_the_codes_and_soft_labels_of_images(path):
+    """By the very function that a prior's step encodes its batch with, from pixels on."""
+    residual = path.name.startswith("rq")
+    shared = "tiny_rqvae_encdec_weights.npz" if residual else "tiny_encdec_weights.npz"
+    arrays, info, tensors, autoencoder = case(path, shared)
+    quantizer = (rq_quantizer if residual else hq_quantizer)(info)
+    config = TokenizerConfig(autoencoder, quantizer, "taming")
+    pixels = (last(arrays["x"]) * 0.5 + 0.5) * 255
+    keys = {"codes": "soft_temp{}_b0"} if residual else {f"code_{x}": f"soft_{x}_temp{{}}_b0" for x in "tb"}
+    told = {float(found[1]) for found in (re.search("^soft_.*temp(.+)_b0$", name) for name in arrays) if found}
+    for temperature in (0.0, *sorted(told)):
+        how = PriorTrainConfig(soft_temperature=temperature)
+        coder = ImageCoder(Tokenizer(config, *names.read(config, tensors)), how)
+        batch = jax.jit(lambda leaves, x, coder=coder: coder(leaves, {"images": x}, jax.random.key(0)))(
+            coder.leaves, pixels
+        )
+        for ours, (code, soft) in zip(("",) if residual else ("_0", "_1"), keys.items(), strict=True):
+            np.testing.assert_array_equal(batch[f"codes{ours}"], arrays[code])
+            wanted = arrays.get(soft.format(temperature))
+            if wanted is not None:
+                np.testing.assert_allclose(batch[f"soft{ours}"][0].reshape(wanted.shape), wanted, atol=5e-4)
+        assert (temperature > 0) == any(key.startswith("soft") for key in batch)
+    assert told
 
 
 @golden("unicode", "sampling_filters*.npz")

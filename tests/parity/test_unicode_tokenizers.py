@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.golden_tokenizers import autoencoder_config, first, hq_quantizer, last, load, tokenizer, weights
-from tests.goldens import beside, golden
+from tests.golden_tokenizers import case, first, hq_quantizer, last, load, rq_quantizer, tokenizer, weights
+from tests.goldens import golden
 from vlm_jax.nn.params import merge
 from vlm_jax.visual_tokenizers import language, names
 from vlm_jax.visual_tokenizers.codebook import COUNT, SUM, TABLE, soft_codes
@@ -28,12 +28,6 @@ MANIFESTS = {
 }
 
 
-def _case(path, shared_weights):
-    arrays, info = load(path)
-    encdec, hparams = load(beside(path, shared_weights))
-    return arrays, info, weights(encdec) | weights(arrays), autoencoder_config(hparams)
-
-
 @golden("unicode", "manifests_fullsize.json")
 def test_every_tensor_of_the_published_models_has_a_place(path):
     manifests = json.loads(path.read_text())
@@ -45,25 +39,10 @@ def test_every_tensor_of_the_published_models_has_a_place(path):
         assert trained == manifests[model]["n_trainable_params"], model
 
 
-def _rq(info):
-    return QuantizerConfig(
-        kind="rq",
-        codes=(info["n_embed"],),
-        width=info["embed_dim"],
-        depth=info["code_shape"][-1],
-        decay=info["decay"],
-        eps=info["eps"],
-        beta=info["latent_loss_weight"],
-        shared=info["shared_codebook"],
-        restart=info["restart_unused_codes"],
-        tile=20,
-    )
-
-
 @golden("unicode", "rqvae_*.npz")
 def test_rq_vae(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_rqvae_encdec_weights.npz")
-    config = TokenizerConfig(autoencoder, _rq(info), "taming")
+    arrays, info, tensors, autoencoder = case(path, "tiny_rqvae_encdec_weights.npz")
+    config = TokenizerConfig(autoencoder, rq_quantizer(info), "taming")
     graph, params, books = tokenizer(config, tensors)
     x, quantizer, state = last(arrays["x"]), Residual(config.quantizer), books["codebook"]
 
@@ -99,10 +78,10 @@ def test_rq_vae(path):
 
 @golden("unicode", "rqvae_*.npz")
 def test_rq_vae_decodes_any_number_of_depths(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_rqvae_encdec_weights.npz")
-    graph, params, books = tokenizer(TokenizerConfig(autoencoder, _rq(info), "taming"), tensors)
+    arrays, info, tensors, autoencoder = case(path, "tiny_rqvae_encdec_weights.npz")
+    graph, params, books = tokenizer(TokenizerConfig(autoencoder, rq_quantizer(info), "taming"), tensors)
     decode = jax.jit(lambda z: merge(graph, params).decoder(merge(graph, params).post_quant_conv(z)))
-    rows = Residual(_rq(info)).decode_depths(jnp.asarray(arrays["codes"][:1]), books["codebook"])
+    rows = Residual(rq_quantizer(info)).decode_depths(jnp.asarray(arrays["codes"][:1]), books["codebook"])
     np.testing.assert_allclose(first(decode(rows.sum(-2))), arrays["decode_code_b0"], **FEATURES)
     for name in (n for n in arrays if n.startswith("decode_partial")):
         kind, depth = name.removeprefix("decode_partial_").removesuffix("_b0").split("_")
@@ -116,8 +95,8 @@ def _permuted(order):
 
 @golden("unicode", "rqvae_*.npz")
 def test_rq_tables_follow_the_batches(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_rqvae_encdec_weights.npz")
-    config = TokenizerConfig(autoencoder, _rq(info), "taming")
+    arrays, info, tensors, autoencoder = case(path, "tiny_rqvae_encdec_weights.npz")
+    config = TokenizerConfig(autoencoder, rq_quantizer(info), "taming")
     graph, params, books = tokenizer(config, tensors)
     depth, call = config.quantizer.depth, 0
     latents = jax.jit(lambda x: merge(graph, params).latents(x))
@@ -143,7 +122,7 @@ def test_rq_tables_follow_the_batches(path):
 
 @golden("unicode", "hq_sim_*.npz")
 def test_hq_vae_of_two_levels(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_encdec_weights.npz")
+    arrays, info, tensors, autoencoder = case(path, "tiny_encdec_weights.npz")
     config = TokenizerConfig(autoencoder, hq_quantizer(info), "taming")
     graph, params, books = tokenizer(config, tensors)
     x = last(arrays["x"])
@@ -181,7 +160,7 @@ def test_hq_vae_of_two_levels(path):
 
 @golden("unicode", "hq_level*.npz")
 def test_hq_vae_of_several_levels(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_encdec_weights.npz")
+    arrays, info, tensors, autoencoder = case(path, "tiny_encdec_weights.npz")
     config = TokenizerConfig(autoencoder, hq_quantizer(info), "taming")
     graph, params, books = tokenizer(config, tensors)
     out = jax.jit(lambda x: merge(graph, params)(x, books))(last(arrays["x"]))
@@ -269,7 +248,7 @@ def test_the_codebook_moves_towards_the_language_model(path):
 
 @golden("unicode", "uc_hqvae_*.npz")
 def test_unicode_hq(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_encdec_weights.npz")
+    arrays, info, tensors, autoencoder = case(path, "tiny_encdec_weights.npz")
     config = TokenizerConfig(autoencoder, _language(info, kind="two_level"), "taming")
     graph, params, books = tokenizer(config, tensors)
     out = jax.jit(lambda x: merge(graph, params)(x, books))(last(arrays["x"]))
@@ -297,7 +276,7 @@ def test_unicode_hq(path):
 
 @golden("unicode", "uc_rqvae_*.npz")
 def test_unicode_rq(path):
-    arrays, info, tensors, autoencoder = _case(path, "tiny_encdec_weights.npz")
+    arrays, info, tensors, autoencoder = case(path, "tiny_encdec_weights.npz")
     quantizer = _language(info, kind="rq", depth=info["hparams_aux"]["num_quant_layer"])
     graph, params, books = tokenizer(TokenizerConfig(autoencoder, quantizer, "taming"), tensors)
     ratio = language.alignment(info["global_step"], _ramp(info, info["hparams_aux"])) if info["train"] else 0.0

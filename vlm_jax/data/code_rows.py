@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +30,7 @@ from vlm_jax.data.packing import permutation
 Levels = Sequence[tuple[int, tuple[int, ...]]]
 
 SET, VIEW, SHORT = range(3)  # what the draws of a row are for
+MADE_UP = 4  # classes of what is made up, at most
 
 
 class Labels:
@@ -201,10 +202,17 @@ def code_keys(levels: int) -> tuple[str, ...]:
     return ("codes",) if levels == 1 else tuple(f"codes_{level}" for level in range(levels))
 
 
+def soft_keys(levels: int) -> tuple[str, ...]:
+    """What a batch calls the soft labels of each level, beside its codes."""
+    return tuple(key.replace("codes", "soft") for key in code_keys(levels))
+
+
 def open_sets(paths: Sequence[str], levels: Levels) -> tuple[list[Codes], list[str]]:
     """(codes of each path, names of their images), where all have these (entries of the codebook, shape) per level."""
     if not paths:
-        raise ConfigError("data.codes is empty: name what `tokenize` wrote, e.g. codes.arrayrecord")
+        raise ConfigError(
+            "data.codes is empty: name what `tokenize` wrote, e.g. codes.arrayrecord, or in data.path images"
+        )
     sets = [open_codes(path) for path in paths]
     for path, codes in zip(paths, sets):
         there = [(level["entries"], tuple(level["shape"])) for level in codes.about["levels"]]
@@ -231,7 +239,7 @@ def make_codes(
     """
     rng, folder = np.random.default_rng(data.seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    classes, images = min(classes, 4), []
+    classes, images, labels = min(classes, MADE_UP), [], {}
     for number in range(data.generated):
         label, codes = number % classes, []
         for entries, shape in levels:
@@ -239,15 +247,9 @@ def make_codes(
             noise = rng.integers(0, entries, size) * (rng.random(size) < 0.05)
             found = ((label * 7 + np.arange(size)) % entries + noise) % entries
             codes.append(found.reshape(1, *shape).astype(np.int32))
-        images.append(Coded(f"{label:03d}/{number:06d}.png", tuple(codes), levels[-1][1][:2]))
-        if caption:
-            length = 1 + label % caption[0]
-            features = (
-                np.full((length, caption[1]), label / classes, np.float32) if caption[1] else np.full(length, label)
-            )
-            file = folder / "captions" / f"{label:03d}" / f"{number:06d}.npy"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, features)
+        name = f"{label:03d}/{number:06d}.png"
+        images.append(Coded(name, tuple(codes), levels[-1][1][:2]))
+        labels[name] = label
     about = {
         "levels": [{"entries": entries, "shape": list(shape)} for entries, shape in levels],
         "dtype": "int32",
@@ -256,8 +258,19 @@ def make_codes(
     }
     file = folder / "codes.arrayrecord"
     write_shard(file, images, job=f"generated {data.generated} {data.seed}", broken=[], about=about)
-    captions = os.fspath(folder / "captions") if caption else ""
+    captions = make_captions(folder / "captions", labels, caption) if caption else ""
     return CodeDataConfig((os.fspath(file),), captions=captions, seed=data.seed, threads=data.threads)
+
+
+def make_captions(folder: Path, labels: Mapping[str, int], caption: tuple[int, int]) -> str:
+    """`folder` with one made-up caption for each of {image: class}, which follows from the class; caption: see make_codes."""
+    slots, width = caption
+    for name, label in labels.items():
+        length = 1 + label % slots
+        file = (folder / name).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.full((length, width), label / MADE_UP, np.float32) if width else np.full(length, label))
+    return os.fspath(folder)
 
 
 def _folder(name: str) -> str:

@@ -20,6 +20,7 @@ from vlm_jax.data.crops import Crop
 from vlm_jax.data.image_source import ImageError, ImageSource
 from vlm_jax.data.images import LONGEST_PADDED, open_image
 
+OWN_CROPS = {"llamagen": "centre_box", "taming": "centre"}  # of the original programs' codes, by TokenizerConfig.names
 COUNTS = {"centre_box": 1, "centre": 1, "squash": 1, "pad": 1, "mirrored": 2, "ten": 10}
 GREY = (127, 127, 127)
 

@@ -121,6 +121,24 @@ def _of_records(path: str, folder: str, cache: str | Path | None, skipped: list[
                 yield source
 
 
+def named(images: Sequence[ImageSource], places: Sequence[str]) -> dict[str, ImageSource]:
+    """{name: image} in order, from the images of `places`: names are those below a folder that was given, where that makes them unique.
+
+    An image that was given twice is there once.
+    """
+    roots = [place for place in places if os.path.isdir(place)]
+    plain, whole = ([_name(image, roots) for image in images] for roots in (roots, []))
+    unique: dict[str, ImageSource] = {}
+    for name, image in zip(plain if len(set(plain)) == len(plain) else whole, images):
+        unique.setdefault(name, image)
+    return unique
+
+
+def _name(image: ImageSource, roots: Sequence[str]) -> str:
+    path = Path(_below(image.path, roots)).as_posix()
+    return f"{path}:{image.member}" if image.member else path
+
+
 def _below(path: str, roots: Sequence[str]) -> str:
     """`path` from the folder of data.path that it lies in, so that a copy of the folder elsewhere has the same fingerprint."""
     root = next((root for root in roots if path.startswith(os.path.join(root, ""))), None)

@@ -56,14 +56,18 @@ class ImageRows:
         return self._order(epoch)[place : place + 1]
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        epoch, number = row // len(self.images), int(self.records_of(row)[0])
+        epoch, place = divmod(row, len(self.images))
+        number = int(self._order(epoch)[place])
         while True:
             try:
-                pixels = load_crop(self.images[number], self.crop, Draws(self.seed, epoch, number))
-                return {"images": pixels}
+                return self._read(number, epoch)
             except ImageError as error:
                 self._count_broken(number, str(error))
                 number = (number + 1) % len(self.images)
+
+    def _read(self, number: int, epoch: int) -> dict[str, np.ndarray]:
+        """What a row shows of image `number` in `epoch`; ImageError if it is broken."""
+        return {"images": load_crop(self.images[number], self.crop, Draws(self.seed, epoch, number))}
 
     def _count_broken(self, number: int, sentence: str) -> None:
         with self._lock:

@@ -26,9 +26,10 @@ from vlm_jax.convert.prior import Prior, load_prior
 from vlm_jax.convert.visual_tokenizer import load_tokenizer
 from vlm_jax.generate.caption_features import caption_features
 from vlm_jax.generate.load import usual_dtype, usual_mesh
-from vlm_jax.generate.visual_codes import VisualCoder, levels_of
+from vlm_jax.generate.visual_codes import VisualCoder
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.visual_tokenizers.codebook import TABLE
+from vlm_jax.visual_tokenizers.encoding import levels_of
 from vlm_jax.visual_tokenizers.options import TokenizerConfig
 from vlm_jax.visual_tokenizers.priors import gpt_sampling, hierarchy_sampling, models
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import RQTransformerConfig

@@ -32,17 +32,17 @@ from vlm_jax.data.code_records import (
     shards_of,
     write_shard,
 )
-from vlm_jax.data.code_views import Views
-from vlm_jax.data.image_lists import open_images
+from vlm_jax.data.code_views import OWN_CROPS, Views
+from vlm_jax.data.image_lists import named, open_images
 from vlm_jax.data.image_options import ImageDataConfig
 from vlm_jax.data.image_source import ImageError, ImageSource
 from vlm_jax.data.kept_arrays import hash_of
 from vlm_jax.data.manifest import DataError
-from vlm_jax.generate.visual_codes import VisualCoder, check_size, fingerprint, levels_of
+from vlm_jax.generate.visual_codes import VisualCoder, check_size, fingerprint
 from vlm_jax.parallel import hosts
+from vlm_jax.visual_tokenizers.encoding import code_shapes
 from vlm_jax.visual_tokenizers.options import TokenizerConfig
 
-OWN_CROPS = {"llamagen": "centre_box", "taming": "centre"}  # what the original programs make codes of
 NAMED = 20  # broken images that are named on the screen; the manifest names all
 
 
@@ -120,32 +120,17 @@ def named_images(places: Sequence[str]) -> list[Item]:
         found = open_images(ImageDataConfig(path=tuple(places)))
     except DataError as error:
         raise DataError(str(error).replace("data.path", "--images")) from error
-    roots = [place for place in places if os.path.isdir(place)]
-    plain, whole = ([_name(image, roots) for image in found] for roots in (roots, []))
-    names = plain if len(set(plain)) == len(plain) else whole
-    unique: dict[str, ImageSource] = {}
-    for name, image in zip(names, found):
-        unique.setdefault(name, image)  # a file that was given twice
-    return [Item(name, image) for name, image in unique.items()]
-
-
-def _name(image: ImageSource, roots: Sequence[str]) -> str:
-    root = next((root for root in roots if image.path.startswith(os.path.join(root, ""))), None)
-    path = Path(os.path.relpath(image.path, root) if root else image.path).as_posix()
-    return f"{path}:{image.member}" if image.member else path
+    return [Item(name, image) for name, image in named(found, places).items()]
 
 
 def _about(config: TokenizerConfig, views: Views, dtype: str) -> dict[str, Any]:
     """What all shards say about their codes."""
-    q, reduction = config.quantizer, config.autoencoder.reduction
-    entries = [q.codes_of(0 if q.shared else i) for i in range(levels_of(config))]
-    sides = [views.size // (reduction * q.factor**k) for k in reversed(range(len(entries)))]
-    depth = [q.depth] if q.kind == "rq" else []
+    levels = code_shapes(config, views.size)
     return {
         "crop": {"rule": views.rule, "size": views.size, "views": views.count}
         | ({"margin": views.margin} if views.rule == "ten" else {}),
-        "levels": [{"entries": n, "shape": [side, side, *depth]} for n, side in zip(entries, sides)],
-        "dtype": number_type(entries),
+        "levels": [{"entries": n, "shape": list(shape)} for n, shape in levels],
+        "dtype": number_type([n for n, _ in levels]),
         "computed": dtype,
     }
 

@@ -3,8 +3,7 @@
 encode   x = (u / 255 - 1/2) / (1/2)                  uint8 [N, S, S, 3] -> int32 [N, h, w(, depth)] per level, coarsest first
 decode   u = floor(clip(127.5 x + 128, 0, 255))       LlamaGen's rounding
 
-float32 means float32: convolutions and the search in the codebook use the highest precision that a device has, so that codes are those
-of the original programs and do not depend on the batch. UniCode's scale, a mean over its batch, is that of each image alone here.
+float32 means float32; see visual_tokenizers.encoding.
 """
 
 from __future__ import annotations
@@ -26,17 +25,13 @@ from vlm_jax.convert.visual_tokenizer import Tokenizer, load_tokenizer
 from vlm_jax.nn.params import merge, split
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh_config import AXES
+from vlm_jax.visual_tokenizers import encoding
 from vlm_jax.visual_tokenizers.options import TokenizerConfig
 from vlm_jax.visual_tokenizers.tokenizer import VisualTokenizer
 
 IN_FLIGHT = 2  # batches that are computed while the host reads the next images
 
 Levels = tuple[np.ndarray, ...]
-
-
-def levels_of(config: TokenizerConfig) -> int:
-    """Arrays of codes that an image has."""
-    return {"vq": 1, "rq": 1, "two_level": 2, "levels": len(config.quantizer.codes)}[config.quantizer.kind]
 
 
 def check_size(config: TokenizerConfig, size: int) -> None:
@@ -46,11 +41,6 @@ def check_size(config: TokenizerConfig, size: int) -> None:
         raise ConfigError(
             f"--size={size} must be a multiple of {cells}, the pixels that a code of this tokenizer's coarsest level covers"
         )
-
-
-def to_unit(pixels: jax.Array, dtype: str = "float32") -> jax.Array:
-    """uint8 -> [-1, 1], in the steps of torchvision."""
-    return ((pixels.astype(jnp.float32) / 255 - 0.5) / 0.5).astype(dtype)
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
@@ -77,15 +67,12 @@ class VisualCoder:
         graph, _ = split(nnx.eval_shape(lambda: VisualTokenizer(self.config, nnx.Rngs(0))))
 
         def encode(weights, pixels):
-            model, books = merge(graph, weights[0]), weights[1]
-            if not self.config.quantizer.language:
-                return model.encode(to_unit(pixels, dtype), books)
-            alone = jax.vmap(lambda one: model.encode(to_unit(one[None], dtype), books))
-            return tuple(level[:, 0] for level in alone(pixels))
+            return encoding.encode(merge(graph, weights[0]), pixels, weights[1], dtype)
 
         def decode(weights, codes):
-            finer = (None,) * (levels_of(self.config) - len(codes))
-            return to_pixels(merge(graph, weights[0]).decode((*codes, *finer), weights[1]))
+            finer = (None,) * (encoding.levels_of(self.config) - len(codes))
+            with encoding.exact(dtype):
+                return to_pixels(merge(graph, weights[0]).decode((*codes, *finer), weights[1]))
 
         self._encode, self._decode = (jax.jit(f, out_shardings=self._rows) for f in (encode, decode))
 
@@ -134,11 +121,10 @@ class VisualCoder:
             count, levels = waiting.popleft()
             return zip(*(np.asarray(level)[:count] for level in levels))
 
-        precision = "highest" if self.dtype == "float32" else None
         while batch := list(itertools.islice(rows, self.batch)):
             empty = [batch[-1]] * (self.batch - len(batch))
             arrays = tuple(np.stack(part) for part in zip(*batch, *empty))
-            with rules.use(self._mesh), jax.default_matmul_precision(precision):
+            with rules.use(self._mesh):
                 waiting.append((len(batch), run(self._weights, argument(jax.device_put(arrays, self._rows)))))
             if len(waiting) > IN_FLIGHT:
                 yield from finished()

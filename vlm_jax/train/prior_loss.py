@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.data.code_rows import code_keys, soft_keys
 from vlm_jax.nn.dropout import dropout_key
 from vlm_jax.train.losses import LossSums, cross_entropy
 from vlm_jax.visual_tokenizers.priors.gpt import GPT
@@ -20,7 +21,7 @@ from vlm_jax.visual_tokenizers.priors.hq_transformer import HQTransformer
 from vlm_jax.visual_tokenizers.priors.models import Model
 from vlm_jax.visual_tokenizers.priors.rq_transformer import RQTransformer
 
-CONDITION, FORWARD = 0, 1  # what the two keys of a step are for
+CONDITION, FORWARD, CODES = 0, 1, 2  # what the keys of a step are for
 
 Arrays = Mapping[str, jax.Array]
 
@@ -31,8 +32,8 @@ def prior_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """(mean loss, {"loss", "accuracy", and of several depths or levels the loss of each}) of a batch of code rows.
 
-    table: of the tokenizer, for an RQ-Transformer. key: as in `gpt_loss`. chunk: of LlamaGen's prior; the others have all logits at
-    one time.
+    batch: codes of every level, and where an RQ- or HQ-Transformer shall learn soft labels those beside them. table: of the tokenizer,
+    for an RQ-Transformer. key: as in `gpt_loss`. chunk: of LlamaGen's prior; the others have all logits at one time.
     """
     if isinstance(model, GPT):
         sums = gpt_loss(model, batch, key, dtype=dtype, impl=impl, remat=remat, chunk=chunk)
@@ -55,14 +56,16 @@ def rq_part(model: RQTransformer, batch: Arrays, condition: jax.Array | None, ta
     """([logits], [codes], losses) of a batch."""
     codes = batch["codes"]
     logits = model(codes, table, condition, **how)
-    return [logits.image], [codes], rq_losses(model.config, logits, codes, condition)
+    return [logits.image], [codes], rq_losses(model.config, logits, batch.get("soft", codes), condition)
 
 
 def hq_part(model: HQTransformer, batch: Arrays, condition: jax.Array | None, table: None, how: dict):
     """(logits, codes, losses) of a batch, coarsest level first."""
-    codes = [batch[f"codes_{level}"] for level in range(model.config.levels)]
+    levels = model.config.levels
+    codes = [batch[key] for key in code_keys(levels)]
     logits = model(codes, condition, **how)
-    return logits.image, codes, hq_losses(model.config, logits, codes, condition)
+    targets = [batch.get(key, y) for key, y in zip(soft_keys(levels), codes)]
+    return logits.image, codes, hq_losses(model.config, logits, targets, condition)
 
 
 def _taken(key: jax.Array, model: Model, rows: int) -> jax.Array:

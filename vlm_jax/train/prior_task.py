@@ -2,6 +2,7 @@
 
 trainable  <path>            but the features of no caption, which stay frozen
 frozen     codebook          the tokenizer's table, which an RQ-Transformer reads
+           tokenizer/<path>, codebooks/<book>/<field>            what encodes images, where a run is on those
 moving     average/<path>    moving average of what is trained
 loss       mean over the codes of the batch, gradients of the micro-batches averaged by a scan
 line       {"step", "lr", "loss", "accuracy", ("depth_0", "level_0" ...), "grad_norm", "update_norm", "param_norm", "images"}
@@ -29,7 +30,8 @@ from vlm_jax.prior_recipe import PriorRecipe
 from vlm_jax.train import optimizer
 from vlm_jax.train.flops import peak_flops
 from vlm_jax.train.metrics import median_of
-from vlm_jax.train.prior_loss import prior_loss
+from vlm_jax.train.prior_codes import ImageCoder
+from vlm_jax.train.prior_loss import CODES, prior_loss
 from vlm_jax.train.prior_options import PriorTrainConfig
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import Axes, batch_shardings
@@ -46,20 +48,21 @@ CODEBOOK = "codebook"
 Results = dict[str, jax.Array]
 
 
-def axes_of(config: Config) -> Axes:
-    """Logical axes of the arrays of a batch, behind the accumulation axis."""
+def axes_of(config: Config, images: bool = False) -> Axes:
+    """Logical axes of the arrays of a batch, of codes or of images, behind the accumulation axis."""
     levels = config.levels_of_codes
     axes = {key: ("batch", *(None for _ in shape)) for key, (_, shape) in zip(code_keys(len(levels)), levels)}
+    axes = {"images": ("batch", None, None, None)} if images else axes
     if isinstance(config, GPTConfig) and config.condition == "caption":
         return axes | {"captions": ("batch", None, None), "caption_mask": ("batch", None)}
     labels = {"class": ("batch",), "text": ("batch", None)}
     return axes | ({"labels": labels[config.condition]} if config.condition in labels else {})
 
 
-def parts(recipe: PriorRecipe, leaves: Mapping[str, Any], book: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"trainable", "frozen", "moving": {path: leaf}} of the leaves of a prior; book: {"codebook": table} or nothing."""
+def parts(recipe: PriorRecipe, leaves: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"trainable", "frozen", "moving": {path: leaf}} of the leaves of a prior; others: what is frozen beside it."""
     trainable = {path: x for path, x in leaves.items() if path not in FROZEN}
-    frozen = {path: x for path, x in leaves.items() if path in FROZEN} | dict(book)
+    frozen = {path: x for path, x in leaves.items() if path in FROZEN} | dict(others)
     return {
         "trainable": trainable,
         "frozen": frozen,
@@ -67,29 +70,39 @@ def parts(recipe: PriorRecipe, leaves: Mapping[str, Any], book: Mapping[str, Any
     }
 
 
-def shardings(recipe: PriorRecipe, book: Mapping[str, Any]) -> TrainState | None:
-    """NamedSharding of every array of the state under the mesh in use, None without one."""
+def shardings(recipe: PriorRecipe, table: bool = False, coder: ImageCoder | None = None) -> TrainState | None:
+    """NamedSharding of every array of the state under the mesh in use, None without one; table: whether the prior reads one."""
     where = models.shardings(recipe.prior)
     if where is None:
         return None
     whole = NamedSharding(rules.current()[0], PartitionSpec())
-    made = parts(recipe, where, dict.fromkeys(book, whole))
+    others = ({CODEBOOK: whole} if table else {}) | ({} if coder is None else coder.shardings())
+    made = parts(recipe, where, others)
     shapes = parts(recipe, models.shapes(recipe.prior), {})["trainable"]
     moments = optimizer.state_shardings(recipe.train, shapes, made["trainable"], whole)
     return TrainState(whole, made["trainable"], made["frozen"], moments, whole, made["moving"])
 
 
 def gradients(
-    recipe: PriorRecipe, state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
+    recipe: PriorRecipe,
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    coder: ImageCoder | None = None,
 ) -> tuple[Params, Results]:
-    """(gradients laid out like their parameters, {"loss", "accuracy" ...}) of a batch [A, B, ...]."""
+    """(gradients laid out like their parameters, {"loss", "accuracy" ...}) of a batch [A, B, ...] of codes, or with a coder of images."""
     c, where, graph = recipe.train, models.shardings(recipe.prior), models.structure(recipe.prior)
     micros = len(next(iter(batch.values())))
-    frozen = {path: x for path, x in state.frozen.items() if path != CODEBOOK}
+    frozen = {path: state.frozen[path] for path in FROZEN if path in state.frozen}
     how = {"dtype": c.dtype, "impl": c.attention, "remat": c.remat, "chunk": c.loss_chunk}
 
     def loss(trainable: Params, micro: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
         return prior_loss(merge(graph, {**frozen, **trainable}), micro, key, state.frozen.get(CODEBOOK), **how)
+
+    def gradient(micro: Mapping[str, jax.Array], key: jax.Array) -> tuple[Params, Any]:
+        if coder is not None:
+            micro = coder(state.frozen, micro, jax.random.fold_in(key, CODES))
+        return jax.grad(loss, has_aux=True)(state.trainable, micro, key)
 
     def laid_out(grads: Params) -> Params:
         """Without it they would come back replicated."""
@@ -98,11 +111,11 @@ def gradients(
         return {path: jax.lax.with_sharding_constraint(x, where[path]) for path, x in grads.items()}
 
     def accumulate(total: Params, inputs: tuple) -> tuple[Params, Any]:
-        grads, said = jax.grad(loss, has_aux=True)(state.trainable, *inputs)
+        grads, said = gradient(*inputs)
         return laid_out(jax.tree.map(lambda sum, g: sum + g / micros, total, grads)), said
 
     if micros == 1:
-        grads, said = jax.grad(loss, has_aux=True)(state.trainable, {k: x[0] for k, x in batch.items()}, key)
+        grads, said = gradient({k: x[0] for k, x in batch.items()}, key)
         grads = laid_out(grads)
     else:
         zeros = laid_out(jax.tree.map(jnp.zeros_like, state.trainable))
@@ -111,11 +124,15 @@ def gradients(
 
 
 def update(
-    recipe: PriorRecipe, state: TrainState, batch: Mapping[str, jax.Array], rate: jax.Array
+    recipe: PriorRecipe,
+    coder: ImageCoder | None,
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    rate: jax.Array,
 ) -> tuple[TrainState, Results]:
     """One update."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    grads, results = gradients(recipe, state, batch, key)
+    grads, results = gradients(recipe, state, batch, key, coder)
     steps, opt_state, norm = optimizer.updates(recipe.train, grads, state.opt_state, state.trainable, rate)
     trainable = {path: p + steps[path] for path, p in state.trainable.items()}
     results |= {
@@ -130,22 +147,29 @@ def update(
 
 @dataclasses.dataclass(frozen=True)
 class PriorTask:
-    """A recipe; start: parameters that replace random ones; table: the tokenizer's, where the prior reads it."""
+    """A recipe; start: parameters that replace random ones; table: the tokenizer's, where the prior reads it; coder: of images."""
 
     recipe: PriorRecipe
     start: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     table: np.ndarray | None = None
+    coder: ImageCoder | None = None
     unit = "images"
 
     @property
     def axes(self) -> Axes:
         """See axes_of."""
-        return axes_of(self.recipe.prior)
+        return axes_of(self.recipe.prior, self.coder is not None)
 
     @property
-    def book(self) -> dict[str, np.ndarray]:
-        """The tokenizer's table as the state has it."""
-        return {} if self.table is None else {CODEBOOK: self.table}
+    def others(self) -> dict[str, np.ndarray]:
+        """What the state has of the tokenizer."""
+        return ({} if self.table is None else {CODEBOOK: self.table}) | (
+            {} if self.coder is None else self.coder.leaves
+        )
+
+    def shardings(self) -> TrainState | None:
+        """See the function."""
+        return shardings(self.recipe, self.table is not None, self.coder)
 
     @property
     def config(self) -> PriorTrainConfig:
@@ -158,12 +182,12 @@ class PriorTask:
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and (under a mesh) shardings of the state; nothing is allocated."""
-        book = {path: jax.ShapeDtypeStruct(x.shape, jnp.float32) for path, x in self.book.items()}
-        made = parts(self.recipe, models.shapes(self.recipe.prior), book)
+        others = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in self.others.items()}
+        made = parts(self.recipe, models.shapes(self.recipe.prior), others)
         moments = jax.eval_shape(optimizer.moments(self.config).init, made["trainable"])
         scalar, key = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.uint32)
         state = TrainState(scalar, made["trainable"], made["frozen"], moments, key, made["moving"])
-        where = shardings(self.recipe, book)
+        where = self.shardings()
         if where is None:
             return state
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
@@ -172,7 +196,9 @@ class PriorTask:
         """The state at step 0, every array created where it will live."""
         places, seed = models.shardings(self.recipe.prior), self.config.seed
         if self.start:
-            params = {path: _place(x, places and places[path]) for path, x in self.start.items()}
+            params = {
+                path: _place(np.asarray(x, np.float32), places and places[path]) for path, x in self.start.items()
+            }
         else:
             params = models.init(self.recipe.prior, seed)
 
@@ -181,16 +207,16 @@ class PriorTask:
             key = jax.random.key_data(jax.random.key(seed))
             return jnp.zeros((), jnp.int32), optimizer.moments(self.config).init(trainable), key, average
 
-        where = shardings(self.recipe, self.book)
-        book = {path: _place(x, where and where.step) for path, x in self.book.items()}
-        made = parts(self.recipe, params, book)
+        where = self.shardings()
+        others = {path: _place(x, where and where.frozen[path]) for path, x in self.others.items()}
+        made = parts(self.recipe, params, others)
         goal = where and (where.step, where.opt_state, where.rng, where.moving)
         step, moments, key, average = jax.jit(rest, out_shardings=goal)(made["trainable"])
         return TrainState(step, made["trainable"], made["frozen"], moments, key, average)
 
     def step(self, shapes: Shapes) -> Any:
         """The jitted step for batches of `shapes`; the state is donated."""
-        run, where = functools.partial(update, self.recipe), shardings(self.recipe, self.book)
+        run, where = functools.partial(update, self.recipe, self.coder), self.shardings()
         if where is None:
             return jax.jit(run, donate_argnums=0)
         # results come back replicated, so that every process can read them
@@ -213,7 +239,8 @@ class PriorTask:
 
     def size(self, state: TrainState) -> str:
         """Parameters."""
-        return f"{sum(x.size for x in state.trainable.values()):,} parameters trained"
+        trained, frozen = (sum(x.size for x in leaves.values()) for leaves in (state.trainable, state.frozen))
+        return f"{trained:,} parameters trained" + (f", {frozen:,} of the tokenizer frozen" if self.coder else "")
 
 
 def images_of(shapes: Shapes) -> int:
@@ -222,7 +249,10 @@ def images_of(shapes: Shapes) -> int:
 
 
 def training_flops(c: Config) -> float:
-    """FLOPs that one image's forward and backward pass need: 6 per weight and slot, 12 D per pair of slots that attention looks at."""
+    """FLOPs that one image's forward and backward pass need: 6 per weight and slot, 12 D per pair of slots that attention looks at.
+
+    Those of a tokenizer that makes its codes are not among them.
+    """
     if not isinstance(c, GPTConfig):
         shapes = c.levels_of_codes
         codes = sum(n * math.prod(shape) for n, shape in shapes)
@@ -274,5 +304,4 @@ class CodeRates:
 
 def _place(value: np.ndarray, where: NamedSharding | None) -> jax.Array:
     """A given array where it will live; each device reads only its slice."""
-    array = np.asarray(value, np.float32)
-    return jnp.array(array) if where is None else jax.make_array_from_callback(array.shape, where, array.__getitem__)
+    return jnp.array(value) if where is None else jax.make_array_from_callback(value.shape, where, value.__getitem__)

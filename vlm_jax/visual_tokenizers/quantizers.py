@@ -113,6 +113,16 @@ class Averaged:
         return state[TABLE][codes]
 
 
+def soft_choice(
+    z: jax.Array, table: jax.Array, temperature: float, tile: int, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(-d / temperature) [..., K] of vectors [..., D] and codes int32 [...]: the nearest, or with a key drawn from it."""
+    p = codebook.soft_codes(z, table, temperature)
+    if key is None:
+        return p, codebook.nearest(z, table, tile)
+    return p, jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Residual:
     """`depth` averaged tables, or one `shared` by all, each quantising what those before left (Lee et al. 2022).
@@ -169,11 +179,8 @@ class Residual:
         left, soft, codes = z.astype(jnp.float32), [], []
         for i in range(self.c.depth):
             table = self._of(state, i)[TABLE]
-            p = codebook.soft_codes(left, table, temperature)
-            if key is None:
-                found = codebook.nearest(left, table, self.c.tile)
-            else:
-                found = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(p))
+            of_depth = None if key is None else jax.random.fold_in(key, i)
+            p, found = soft_choice(left, table, temperature, self.c.tile, of_depth)
             left = left - table[found]
             soft.append(p)
             codes.append(found)

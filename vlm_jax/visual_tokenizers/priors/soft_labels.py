@@ -10,10 +10,21 @@ import jax.numpy as jnp
 
 from vlm_jax.config import ConfigError
 from vlm_jax.visual_tokenizers.bottlenecks import Codebooks, Levels, Single, TwoLevel
-from vlm_jax.visual_tokenizers.codebook import TABLE, soft_codes
-from vlm_jax.visual_tokenizers.quantizers import Residual
+from vlm_jax.visual_tokenizers.codebook import TABLE
+from vlm_jax.visual_tokenizers.options import QuantizerConfig
+from vlm_jax.visual_tokenizers.quantizers import soft_choice
 
 Arrays = tuple[jax.Array, ...]
+
+
+def check_soft(c: QuantizerConfig) -> None:
+    """Raise ConfigError unless the quantiser has soft labels."""
+    if c.language:
+        raise ConfigError("soft labels need a codebook of the tokenizer's own, not one drawn towards a language model")
+    if c.kind == "vq":
+        raise ConfigError(
+            "soft labels are for tokenizers with quantizer.kind rq, two_level or levels, and this one's is vq"
+        )
 
 
 def soft_labels(
@@ -25,32 +36,40 @@ def soft_labels(
 ) -> tuple[Arrays, Arrays]:
     """(codes, labels float32 [..., V]) of latents [B, h, w, D], one array per level; of residual codes [B, h, w, depth] one.
 
-    key: draws residual codes from their labels, each depth from what the drawn ones left; the others are always the nearest.
+    key: draws codes from their labels, each depth or level from what the drawn ones before it left; None takes the nearest.
     """
-    if bottleneck.config.language:
-        raise ConfigError("soft labels need a codebook of the tokenizer's own, not one drawn towards a language model")
+    c = bottleneck.config
+    check_soft(c)
     z = jax.lax.stop_gradient(z.astype(jnp.float32))
-    if isinstance(bottleneck, TwoLevel | Levels):
-        codes = bottleneck.encode(z, codebooks).codes
-        inputs, books = _inputs(bottleneck, z, codes, codebooks)
-        return codes, tuple(soft_codes(x, codebooks[b][TABLE], temperature) for x, b in zip(inputs, books))
-    if not isinstance(bottleneck.quantizer, Residual):
-        raise ConfigError("soft labels are for tokenizers with quantizer.kind rq, two_level or levels")
-    labels, codes = bottleneck.quantizer.soft_codes(z, codebooks["codebook"], temperature, key)
-    return (codes,), (labels,)
+    if isinstance(bottleneck, Single):
+        labels, codes = bottleneck.quantizer.soft_codes(z, codebooks["codebook"], temperature, key)
+        return (codes,), (labels,)
+
+    def choose(level: int, x: jax.Array, book: str) -> tuple[jax.Array, jax.Array]:
+        of_level = None if key is None else jax.random.fold_in(key, level)
+        return soft_choice(x, codebooks[book][TABLE], temperature, c.tile, of_level)
+
+    found = (_of_two if isinstance(bottleneck, TwoLevel) else _of_levels)(bottleneck, z, codebooks, choose)
+    labels, codes = zip(*found)
+    return codes, labels
 
 
-def _inputs(bottleneck: TwoLevel | Levels, z: jax.Array, codes: Arrays, codebooks: Codebooks) -> tuple[list, list[str]]:
-    """What each level quantises, given the codes of those before it, and the name of its codebook."""
-    if isinstance(bottleneck, TwoLevel):
-        rows = bottleneck.top.decode(codes[0], codebooks["top"])
-        return [bottleneck.down(z), z - bottleneck.up(rows)], ["top", bottleneck.bottom_name]
-    books = [f"level_{level}" for level in range(bottleneck.count)]
-    inputs = [z]
+def _of_two(bottleneck: TwoLevel, z: jax.Array, codebooks: Codebooks, choose) -> list[tuple[jax.Array, jax.Array]]:
+    """(labels, codes) of both levels, each chosen from what the one before it left."""
+    top = choose(0, bottleneck.down(z), "top")
+    rows = bottleneck.top.decode(top[1], codebooks["top"])
+    return [top, choose(1, z - bottleneck.up(rows), bottleneck.bottom_name)]
+
+
+def _of_levels(bottleneck: Levels, z: jax.Array, codebooks: Codebooks, choose) -> list[tuple[jax.Array, jax.Array]]:
+    """The same of as many levels as there are."""
+    inputs, found = [z], []
     for level in reversed(range(bottleneck.count - 1)):
         inputs.insert(0, bottleneck.down(level, inputs[0]))
     known = jnp.zeros_like(inputs[0])
     for level, quantizer in enumerate(bottleneck.quantizers):
-        inputs[level], known = inputs[level] - known, known + quantizer.decode(codes[level], codebooks[books[level]])
+        book = f"level_{level}"
+        found.append(choose(level, inputs[level] - known, book))
+        known = known + quantizer.decode(found[-1][1], codebooks[book])
         known = bottleneck.up(level, known) if level < bottleneck.count - 1 else known
-    return inputs, books
+    return found
