@@ -53,7 +53,7 @@ def llamagen() -> TokenizerRecipe:
 def rq_vae() -> TokenizerRecipe:
     """configs/imagenet256/stage1/in256-rqvae-8x8x4.yaml of rq-vae-transformer."""
     return TokenizerRecipe(
-        data=ImageDataConfig(size=256, crop="random_place", flip=0.0),  # Resize, RandomCrop; ImageNet has no flip
+        data=ImageDataConfig(size=256, crop="random_place", flip=0.5),  # Resize, RandomCrop, RandomHorizontalFlip
         critic=CriticConfig("patch", width=64, layers=2, norm="batch"),  # num_layers 2, ndf 64, norm_type bn
         adversary=AdversaryConfig(weight=0.75, start=0, limit=1e4, weigh_critic=True),  # disc_weight .75, disc_start 0
         train=TokenizerTrainConfig(
@@ -102,8 +102,8 @@ def watch(kind: str) -> TokenizerRecipe:
     """Smart-watches of 112 pixels in minutes on two CPU cores: pixels alone, no critic, no perceptual loss, no file."""
     quantizer = {
         "vq": QuantizerConfig(codes=(4096,), width=8, normalise=True),
-        "rq": QuantizerConfig(kind="rq", codes=(512,), width=16, depth=2, shared=True, restart=True),
-        "hq": QuantizerConfig(kind="two_level", codes=(512, 512), width=16, restart=True),
+        "rq": QuantizerConfig(kind="rq", codes=(512,), width=16, depth=4, shared=True, restart=True),
+        "hq": QuantizerConfig(kind="two_level", codes=(512, 2048), width=16, restart=True),
     }[kind]
     autoencoder = AutoencoderConfig(
         width=32,
@@ -123,7 +123,7 @@ def watch(kind: str) -> TokenizerRecipe:
         init=TokenizerInit(kernels="lecun"),
         data=ImageDataConfig(size=112, crop="centre", flip=0.0, generated_watches=2000, threads=1),
         train=TokenizerTrainConfig(
-            steps=1600,
+            steps=2400,
             global_batch=4,
             lr=1e-3,
             clip_norm=1.0,
