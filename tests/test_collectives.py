@@ -47,6 +47,10 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert sum(one.sent for one in gathers) == pytest.approx(LAYERS * 4 * N * N * 7 / 8)
 
 
+BETWEEN = (
+    'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{}x{{0:7}}",_xla_megascale_transfer_type="{}"}}'
+)
 TEXTS = {
     # asynchronous starts hold their operands too; layouts have brackets; a TPU names a reduce-scatter as a fusion
     "  %a = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups=[4,8]<=[32]": (
@@ -57,6 +61,13 @@ TEXTS = {
     "  %f = bf16[32]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1": ("reduce-scatter", 4, 64, 4 * 64 * 3 / 4),
     "  ROOT %b = ((f32[4]{0}, f32[4]{0}), (f32[8]{0}, f32[8]{0})) all-gather-start(%x, %y), replica_groups={{0,1}}": (
         "all-gather", 2, 64, 32),
+    # between TPU slices, 1-based: what one slice hands over, and which chips of each take part
+    f"  %s = (f32[16]{{0:T(128)}}, u32[], token[]) send(%x, %t), channel_id=2, {BETWEEN.format('{1,2}', 'ALL_REDUCE')}": (
+        "all-reduce", 2, 64, 64),
+    f"  %s = (f32[16]{{0:T(128)}}, u32[], token[]) send(%x, %t), channel_id=2, {BETWEEN.format('{1:4}', 'ALL_GATHER')}": (
+        "all-gather", 4, 4 * 64, 3 * 64),
+    f"  %s = (f32[16]{{0:T(128)}}, u32[], token[]) send(%x, %t), channel_id=2, {BETWEEN.format('{1,2,3,4}', 'REDUCE_SCATTER')}": (
+        "reduce-scatter", 4, 16, 48),
 }  # fmt: skip
 
 
@@ -69,6 +80,12 @@ def test_forms_of_other_compilers(line):
     )
     (found,) = collectives(module, 32)
     assert (found.kind, found.group, found.result, found.sent) == TEXTS[line]
+    assert found.between == (" send(" in line)
+
+
+def test_what_a_program_sends_to_its_own_host_is_no_collective():
+    line = "  %s = (f32[16]{0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true"
+    assert collectives(f"ENTRY %main (x: f32[16]) -> f32[16] {{\n{line}\n}}\n", 2) == []
 
 
 def test_a_sum_over_one_device_is_none():

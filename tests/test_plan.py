@@ -157,6 +157,11 @@ def test_meshes_and_micro_batches_that_are_tried():
     tried = list(meshes(RECIPE, slice_of_eight))  # four heads, eight rows
     assert [(m.fsdp, m.tensor) for m in tried] == [(8, 1), (4, 2), (2, 4)]
     assert [list(accumulations(RECIPE, slice_of_eight, m)) for m in tried] == [[1], [1, 2], [1, 2, 4]]
+    assert [(m.data, m.fsdp, m.tensor) for m in meshes(RECIPE, topology("2xv5e:2x2"))] == [
+        (2, 4, 1),
+        (2, 2, 2),
+        (2, 1, 4),
+    ]
 
 
 def test_topologies_and_meshes_that_do_not_exist():
@@ -168,6 +173,40 @@ def test_topologies_and_meshes_that_do_not_exist():
     assert mesh_of("tensor=2", MeshConfig()) == MeshConfig(1, -1, 2, 1) and mesh_of("", MeshConfig(2)) == MeshConfig(2)
     with pytest.raises(ConfigError, match="--mesh 'model=4'"):
         mesh_of("model=4", MeshConfig())
+
+
+def test_slices_in_front_of_a_topology():
+    two = topology("2xv5e:4x8")
+    assert (two.slices, two.count, two.slice, str(two)) == (2, 64, "v5e:4x8", "2xv5e:4x8")
+    assert topology("1xv5e:4x8") == topology("v5e:4x8")
+    for name in ("0xv5e:4x8", "2xv4:2x2x2", "2xh100:8"):
+        with pytest.raises(
+            ConfigError, match=f"--topology '{name}': several slices, at least 1, are planned for v5e, v5p, v6e"
+        ):
+            topology(name)
+
+
+@needs_libtpu
+def test_two_slices_are_joined_by_sums_of_gradients_alone():
+    """Each chip hands over its part of every gradient, in float32 or bfloat16; the head's once per chunk of the loss, here one."""
+    short = DataConfig(row_length=128, views_per_row=1)
+    train = dataclasses.replace(RECIPE.train, loss_chunk=8 * 128)
+    p = plan_of(with_mesh(dataclasses.replace(RECIPE, data=short, train=train), data=2), "2xv5e:2x2")
+    kinds = p.by_kind()
+    across = {kind for kind in kinds if kind.endswith("between slices")}
+    assert across == {"all-reduce between slices"} and "all-gather" in kinds
+    assert p.held["parameters"] / 2 <= kinds["all-reduce between slices"][1] <= 1.1 * p.held["parameters"]
+    sent = sum(c.sent for c in p.collectives if c.between)
+    assert p.times["between slices"] == sent / CHIPS["v5e"].between > 0
+    assert p.times["links"] == (sum(c.sent for c in p.collectives) - sent) / CHIPS["v5e"].links
+
+
+@needs_libtpu
+def test_slices_need_data_across_them():
+    with pytest.raises(
+        ConfigError, match="mesh data=1 must be a multiple of the 2 slices: set mesh.data, for example to 2"
+    ):
+        plan_of(RECIPE, "2xv5e:2x2")
 
 
 def test_the_compilers_refusal_is_read():

@@ -112,3 +112,5 @@ def test_the_command_line_refuses_a_wrong_pair(capsys):
 def test_the_search_divides_a_batch_and_never_accumulates():
     found = [made.mesh for candidates in tried(recipe("vq"), topology("v5e:2x4")) for made in candidates]
     assert [(m.data, m.fsdp) for m in found] == [(1, 8), (8, 1)]
+    found = [made.mesh for candidates in tried(recipe("vq"), topology("2xv5e:2x2")) for made in candidates]
+    assert [(m.data, m.fsdp) for m in found] == [(2, 4), (8, 1)]

@@ -62,6 +62,7 @@ def accum(n: int) -> tuple[str, ...]:
 # sizes at which the recipe's batch fits; the accumulation is the smallest that does
 ROWS = (
     Row("llava15.py:7b,stage2", "v5e:4x8"),
+    Row("llava15.py:7b,stage2", "2xv5e:4x4", ("--mesh=data=2",)),
     Row("llava15.py:7b,stage2,lora", "v5e:4x4"),
     Row("llava15.py:7b,stage1", "v5e:2x4", accum(2)),
     Row("llava15.py:7b,stage2", "v5p:2x2x1"),
@@ -85,12 +86,12 @@ ROWS = (
     Row("clip_flant5.py:xl,stage2", "v5p:2x2x1"),
     Row("clip_flant5.py:xxl,stage2", "v5p:2x2x1", accum(2)),
     Row("clip_flant5.py:xl,stage2", "v6e:2x2", accum(3)),
-    Row("clip_flant5.py:xxl,stage2", "v6e:2x4", accum(3)),
+    Row("clip_flant5.py:xxl,stage2", "v6e:4x4", ("--mesh=fsdp=8,tensor=2",)),
     Row("visual_tokenizer.py:vq16", "v5p:2x2x1"),
     Row("visual_tokenizer.py:vq16", "v6e:2x2"),
     Row("visual_tokenizer.py:unicode_hq", "v5p:2x2x1"),
     Row("visual_tokenizer.py:unicode_hq", "v6e:4x4"),
-    Row("visual_tokenizer.py:unicode_rq", "v5p:2x2x1"),
+    Row("visual_tokenizer.py:unicode_rq", "v5p:2x2x2"),
     Row("visual_tokenizer.py:unicode_rq", "v6e:4x4"),
     Row("llava15.py:13b,stage1", "v5p:2x2x1"),
     Row("llava15.py:13b,stage2,lora", "v5p:2x2x1"),
@@ -106,7 +107,8 @@ ROWS = (
 def chosen(only: str, chips: str) -> Iterator[Row]:
     """Rows whose recipe matches `only`, on these chips; all of them for empty strings."""
     wanted = chips.split(",") if chips else ()
-    return (r for r in ROWS if re.search(only, r.recipe) and (not wanted or r.topology.split(":")[0] in wanted))
+    chip = lambda row: re.search(r"v\d\w+", row.topology)[0]
+    return (r for r in ROWS if re.search(only, r.recipe) and (not wanted or chip(r) in wanted))
 
 
 def make(row: Row, out: Path) -> str:
@@ -133,10 +135,14 @@ def cells(plan: dict[str, Any]) -> list[str]:
     held, fits = plan["held_bytes"], plan["fits"]
     peak = f"{'' if fits else 'does not fit: '}{gib(plan['peak_bytes'] or float('inf'))} of {gib(plan['memory_bytes'])}"
     times = [f"{plan['seconds'][key]:.3f}" if fits else "" for key in ("compute", "links", "memory")]
+    if fits and "between slices" in plan["seconds"]:
+        times[1] += f", {plan['seconds']['between slices']:.3f} between slices"
     batch = f"{plan['global_batch']}, {plan['accum']}, {plan.get('remat', 'none')}"
     share = f"{100 * plan['mfu_at_most']:.0f} %" if fits else ""
     parameters = held.get("parameters", 0) + held.get("frozen", 0) + held.get("moving", 0)
-    sizes = [gib(parameters), gib(held.get("optimizer", 0)), gib(plan["saved_bytes"])]
+    # of what autodiff saves, compilers compute some again
+    kept = min(plan["saved_bytes"], plan["temporary_bytes"]) if fits else plan["saved_bytes"]
+    sizes = [gib(parameters), gib(held.get("optimizer", 0)), gib(kept)]
     name = plan["recipe"].replace(".py:", " ").replace(",", " ")
     return [name, plan["topology"], mesh, batch, *sizes, peak, *times, share, f"{plan['compile_seconds']:.0f}"]
 

@@ -3,6 +3,7 @@
 bytes that leave a chip, in a group of n, on a ring:
     all-gather        (n-1)/n of the result        all-reduce          2 (n-1)/n of the operand
     reduce-scatter    (n-1)/n of the operand       all-to-all          (n-1)/n     collective-permute   all of it
+Between TPU slices a host sends what the compiled program of one slice hands over; a group there has one chip of each slice.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _WIDTHS = {
     "f32": 4,
 }
 _WIDTHS |= {"s64": 8, "u64": 8, "f64": 8}
+# what leaves a slice is a `send` to the runtime that joins slices, named after the collective that it is part of
+_BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*?_xla_megascale_transfer_type="(\w+)"')
+_TRANSFERS = {kind.replace("-", "_").upper(): kind for kind in KINDS} | {"ONE_TO_ONE": "collective-permute"}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^\n]*\)|\([^\n]*) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(" + "|".join(sorted(_WIDTHS, key=len, reverse=True)) + r")\[([\d,]*)\]")
@@ -40,7 +44,7 @@ _CALLED = re.compile(
 class Collective:
     """One instruction: how often a step runs it, group size, bytes of its result in one run, and bytes that leave a chip in all runs.
 
-    inside: whether it is in a loop.
+    inside: whether it is in a loop; between: whether it joins slices.
     """
 
     kind: str
@@ -50,6 +54,7 @@ class Collective:
     result: float
     sent: float
     inside: bool
+    between: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,12 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 if group > 1:  # sums over axes of one device stay in programs that are compiled fast
                     sent = runs * _sent(kind, result, group)
                     found.append(Collective(kind, one.name, runs, group, result, sent, inside))
+                continue
+            if one.op == "send" and (across := _between(one)):
+                kind, group, result = across
+                found.append(
+                    Collective(kind, one.name, runs, group, result, runs * _sent(kind, result, group), inside, True)
+                )
                 continue
             turns = _turns(one, computations) if one.op == "while" else 1
             for called in _called(one):
@@ -132,6 +143,19 @@ def _group(rest: str, devices: int) -> int:
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", named[2]))
     return 2 if "source_target_pairs" in rest else devices
+
+
+def _between(one: _Instruction) -> tuple[str, int, float] | None:
+    """(kind, slices, bytes of the result) of a `send` that leaves the slice; None for others."""
+    named = _BETWEEN.search(one.rest)
+    if not named:
+        return None
+    kind, slices = _TRANSFERS[named[2]], 0
+    for part in named[1].split(","):  # {1,2}x{0:7}: slices by number or first:last, and the chips of each
+        first, _, last = part.partition(":")
+        slices += int(last or first) - int(first) + 1
+    operand = _arrays(one.type)[0]
+    return kind, slices, operand * {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1.0)
 
 
 def _arrays(text: str) -> list[float]:

@@ -187,7 +187,8 @@ def tried(recipe: Planned, where: Topology) -> Iterator[list[Planned]]:
     """Candidates of --search, those that differ in train.accum alone together, the smallest first."""
     if isinstance(recipe, TokenizerRecipe):  # batch norms and codebooks follow whole batches
         if recipe.train.global_batch % where.count == 0:
-            for mesh in (MeshConfig(data=1, fsdp=where.count), MeshConfig(data=where.count, fsdp=1)):
+            inside = MeshConfig(data=where.slices, fsdp=where.count // where.slices)
+            for mesh in (inside, MeshConfig(data=where.count, fsdp=1)):
                 yield [dataclasses.replace(recipe, mesh=mesh)]
         return
     for mesh, remat in itertools.product(meshes(recipe, where), ("none", "linears", "full")):
@@ -204,14 +205,14 @@ def overrides(recipe: Planned, p: Plan) -> str:
 
 
 def meshes(recipe: Recipe, where: Topology) -> Iterator[MeshConfig]:
-    """fsdp over all chips, then with more and more of them along tensor, as far as rows and heads divide."""
+    """data over slices and fsdp over the chips of one, then with more and more of them along tensor, as far as rows and heads divide."""
     llm = recipe.model.llm
     for tensor in (1, 2, 4, 8):
-        fsdp, rest = divmod(where.count, tensor)
+        fsdp, rest = divmod(where.count // where.slices, tensor)
         heads = getattr(llm, "kv_heads", llm.heads)
-        if rest or heads % tensor or recipe.train.global_batch % fsdp:
+        if rest or heads % tensor or recipe.train.global_batch % (where.slices * fsdp):
             continue
-        yield MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
+        yield MeshConfig(data=where.slices, fsdp=fsdp, tensor=tensor)
 
 
 def accumulations(recipe: Recipe, where: Topology, mesh: MeshConfig) -> Sequence[int]:

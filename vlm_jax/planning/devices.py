@@ -47,7 +47,8 @@ def _tpus(of: Topology) -> Sequence[jax.Device]:
         raise ConfigError(f"--topology {of} needs the TPU compiler: pip install 'vlm_jax[tpu]' (no TPU is needed)")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(str(of), "tpu").devices
+    several = {"num_slices": of.slices} if of.slices > 1 else {}
+    return topologies.get_topology_desc(of.slice, "tpu", **several).devices
 
 
 def _gpus(of: Topology) -> Sequence[jax.Device]:

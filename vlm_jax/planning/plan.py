@@ -1,7 +1,8 @@
 """Compile one program of a recipe for a topology and say what it takes: bytes, collectives, FLOPs, and the least time of a step.
 
 peak bytes   = arguments + temporaries of the compiled program (XLA's own plan), per chip
-least time   = max(FLOPs with recomputation / peak FLOP/s,  bytes sent / link bandwidth,  bytes of weights and cache / memory bandwidth)
+least time   = max(FLOPs with recomputation / peak FLOP/s,  bytes sent / link bandwidth,  bytes of weights and cache / memory bandwidth,
+                   bytes sent to other slices / the chip's share of the network between them)
 MFU at most  = useful FLOPs / (least time x peak FLOP/s)       useful: no recomputation, train.flops, every slot filled
 """
 
@@ -57,12 +58,13 @@ class Plan:
     def times(self) -> dict[str, float]:
         """Seconds that each resource needs at its peak."""
         chip = self.topology.chip
-        sent = sum(c.sent for c in self.collectives)
-        return {
+        inside, across = (sum(c.sent for c in self.collectives if c.between == x) for x in (False, True))
+        times = {
             "compute": self.hardware_flops / chip.flops,
-            "links": sent / chip.links,
+            "links": inside / chip.links,
             "memory": self.read / chip.bandwidth,
         }
+        return times | ({"between slices": across / chip.between} if self.topology.slices > 1 else {})
 
     @property
     def least_seconds(self) -> float:
@@ -75,11 +77,12 @@ class Plan:
         return self.flops / (self.least_seconds * self.topology.chip.flops) if self.least_seconds else 0.0
 
     def by_kind(self) -> dict[str, tuple[int, float]]:
-        """{collective: (runs, bytes sent)} of a step."""
+        """{collective: (runs, bytes sent)} of a step; those that join slices apart."""
         found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
         for c in self.collectives:
-            found[c.kind][0] += c.runs
-            found[c.kind][1] += c.sent
+            kind = f"{c.kind} between slices" if c.between else c.kind
+            found[kind][0] += c.runs
+            found[kind][1] += c.sent
         return {kind: (int(n), sent) for kind, (n, sent) in found.items()}
 
 
