@@ -88,6 +88,8 @@ def test_the_update_of_both_networks_compiles_for_a_slice():
     assert p.fits and p.held["optimizer"] == pytest.approx(2 * p.held["parameters"], rel=0.01)
     assert p.held["moving"] > 0 and 0 < p.saved and 0 < p.mfu < 1
     assert {"all-gather", "all-reduce"} <= set(p.by_kind())
+    rings = [c.name for c in p.collectives if c.kind == "collective-permute" and c.inside]
+    assert not rings, "a convolution with a kernel that is cut along its inputs becomes a loop over devices"
 
 
 def test_a_step_that_does_not_fit_the_recipe_is_one_sentence():

@@ -18,6 +18,7 @@ import jax
 
 from vlm_jax.config import ConfigError, LLMConfig
 from vlm_jax.parallel import rules
+from vlm_jax.parallel.compiling import compile_step
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.parallel.mesh_config import AXES, MeshConfig
 from vlm_jax.planning import costs, programs, tokenizer_programs
@@ -104,7 +105,7 @@ def plan(
         common |= {"held": made.held, "saved": made.saved, "flops": useful, "hardware_flops": hardware}
         common |= {"read": costs.bytes_moved(recipe, made, step)}
         try:
-            compiled = made.lowered.compile(EFFORT if topology.chip.platform == "tpu" else None)
+            compiled = _compile(made.lowered, _platform(topology), step)
         except jax.errors.JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:
@@ -120,6 +121,14 @@ def plan(
     found = tuple(collectives(compiled.as_text(), topology.count))
     return Plan(**common, fits=needed <= topology.chip.memory, needed=needed, temporaries=memory.temp_size_in_bytes,
                 collectives=found, seconds=time.perf_counter() - began)  # fmt: skip
+
+
+def _compile(lowered: jax.stages.Lowered, platform: str, step: str) -> jax.stages.Compiled:
+    """As a run compiles it, but with less effort."""
+    effort = EFFORT if platform == "tpu" else {}
+    return (
+        lowered.compile(effort or None) if step in ("prefill", "decode") else compile_step(lowered, platform, **effort)
+    )
 
 
 def _flops(recipe: Recipe | TokenizerRecipe, step: str, rows: int, slots: int) -> tuple[float, float]:

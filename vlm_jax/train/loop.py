@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.config import UserError, VLMConfig
 from vlm_jax.parallel import hosts, rules
+from vlm_jax.parallel.compiling import compile_step
 from vlm_jax.parallel.mesh import make_mesh
 from vlm_jax.train import compiled, metrics
 from vlm_jax.train.checkpoint import Checkpointer
@@ -186,7 +187,8 @@ class Loop:
         began = time.perf_counter()
         batch = {key: jax.ShapeDtypeStruct(shape, self._feed.dtypes[key]) for key, shape in self._feed.shapes.items()}
         given = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), self.task.given(start, self.total))
-        self._update = self.task.step(self._feed.shapes).lower(state, batch, given).compile()
+        lowered = self.task.step(self._feed.shapes).lower(state, batch, given)
+        self._update = compile_step(lowered, jax.default_backend())
         self.compile_seconds = time.perf_counter() - began
         self.speed = self.task.rates(state, self._feed.shapes)
         self._writer = metrics.MetricWriter(self.run, start, c.tensorboard, c.wandb, self._saved_config)
