@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
         "compile a recipe for chips that are not there: bytes per chip, collectives, FLOPs, the least time of a step",
         (
             config,
-            text("topology", None, "v5e:16x16, v5p:2x2x4, v6e:4x4, h100:8, h200:1, ..."),
+            text("topology", None, "v5e:16x16, v5p:2x2x4, 2xv5e:16x16 (two slices), h100:8, h200:1, ..."),
             text("mesh", "", "e.g. fsdp=64,tensor=4; default: config.mesh"),
             text(
                 "step",
