@@ -29,7 +29,7 @@ from vlm_jax.generate.load import usual_dtype, usual_mesh
 from vlm_jax.generate.visual_codes import VisualCoder
 from vlm_jax.parallel import hosts, rules
 from vlm_jax.visual_tokenizers.codebook import TABLE
-from vlm_jax.visual_tokenizers.encoding import levels_of
+from vlm_jax.visual_tokenizers.encoding import entries_of
 from vlm_jax.visual_tokenizers.options import TokenizerConfig
 from vlm_jax.visual_tokenizers.priors import gpt_sampling, hierarchy_sampling, models
 from vlm_jax.visual_tokenizers.priors.hierarchy_options import RQTransformerConfig
@@ -182,7 +182,7 @@ def check_fit(config: Config, codec: TokenizerConfig, prior: str, tokenizer: str
     """Raise ConfigError unless the tokenizer decodes what the prior draws."""
     q = codec.quantizer
     depth = q.depth if q.kind == "rq" else 1
-    there = tuple(q.codes_of(0 if q.shared else i) for i in range(levels_of(codec))), depth, q.factor
+    there = entries_of(codec), depth, q.factor
     entries = tuple(n for n, _ in config.levels_of_codes)
     drawn = entries, config.depth if isinstance(config, RQTransformerConfig) else 1, 2
     if there[:2] != drawn[:2] or len(entries) > 1 and there != drawn:

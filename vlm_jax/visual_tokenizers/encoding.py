@@ -20,13 +20,19 @@ from vlm_jax.visual_tokenizers.tokenizer import VisualTokenizer
 
 def levels_of(config: TokenizerConfig) -> int:
     """Arrays of codes that an image has."""
-    return {"vq": 1, "rq": 1, "two_level": 2, "levels": len(config.quantizer.codes)}[config.quantizer.kind]
+    return len(config.quantizer.books)
+
+
+def entries_of(config: TokenizerConfig) -> tuple[int, ...]:
+    """Entries of the codebook of each level, coarsest first."""
+    q = config.quantizer
+    return tuple(q.codes_of(0 if q.shared else level) for level in range(levels_of(config)))
 
 
 def code_shapes(config: TokenizerConfig, size: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """(entries of the codebook, shape of the codes of an image of `size` pixels) per level, coarsest first."""
     q, reduction = config.quantizer, config.autoencoder.reduction
-    entries = [q.codes_of(0 if q.shared else i) for i in range(levels_of(config))]
+    entries = entries_of(config)
     sides = [size // (reduction * q.factor**k) for k in reversed(range(len(entries)))]
     depth = (q.depth,) if q.kind == "rq" else ()
     return tuple((n, (side, side, *depth)) for n, side in zip(entries, sides))
