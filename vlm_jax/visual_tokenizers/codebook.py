@@ -15,6 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.parallel.rules import platform
+
+BLOCK = 32  # codes
+
 State = dict[str, jax.Array]
 Draw = Callable[[jax.Array, int], jax.Array]  # (vectors [N, D], K) -> K vectors for unused codes
 
@@ -50,15 +54,29 @@ def nearest(z: jax.Array, table: jax.Array, tile: int = 1024) -> jax.Array:
     def step(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]):
         rows, first = part
         found = distances(flat, rows)
-        found = jnp.where(first + jnp.arange(tile) < k, found, jnp.inf)
-        least = found.min(1)
-        here = first + found.argmin(1).astype(jnp.int32)
+        if tiles * tile > k:
+            found = jnp.where(first + jnp.arange(tile) < k, found, jnp.inf)
+        least, here = lowest(found)
         better = least < best[0]  # a tie keeps the earlier tile
-        return (jnp.where(better, least, best[0]), jnp.where(better, here, best[1])), None
+        return (jnp.where(better, least, best[0]), jnp.where(better, first + here, best[1])), None
 
     start = jnp.full(len(flat), jnp.inf, jnp.float32), jnp.zeros(len(flat), jnp.int32)
     (_, codes), _ = jax.lax.scan(step, start, (padded, jnp.arange(tiles, dtype=jnp.int32) * tile))
     return codes.reshape(z.shape[:-1])
+
+
+def lowest(d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lowest value [N] of each row [N, K] and index int32 [N] of the first that has it.
+
+    On a CPU XLA compares pairs of value and index one by one, so there only those of the BLOCK values around the minimum.
+    """
+    n, k = d.shape
+    if platform() != "cpu" or k <= BLOCK:
+        return d.min(1), d.argmin(1).astype(jnp.int32)
+    blocks = jnp.pad(d, ((0, 0), (0, -k % BLOCK)), constant_values=jnp.inf).reshape(n, -1, BLOCK)
+    block = blocks.min(2).argmin(1)
+    around = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return around.min(1), (block * BLOCK + around.argmin(1)).astype(jnp.int32)
 
 
 def soft_codes(z: jax.Array, table: jax.Array, temperature: float) -> jax.Array:

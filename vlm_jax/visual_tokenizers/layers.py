@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from vlm_jax.nn.attention import Mask, attention
 from vlm_jax.nn.params import Init, param
-from vlm_jax.parallel.rules import shard
+from vlm_jax.parallel.rules import platform, shard
+from vlm_jax.visual_tokenizers import winograd
 from vlm_jax.visual_tokenizers.group_norm import GroupNorm
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -23,6 +23,9 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, pad: int | Paddin
     sides = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
     # gathered first: of kernels that are cut along I, XLA makes a loop which adds the whole result once per device (10x as slow on TPUs)
     kernel = shard(kernel.astype(x.dtype), None, None, None, None)
+    same = kernel.shape[:2] == (3, 3) and stride == 1 and sides == ((1, 1), (1, 1))
+    if same and x.dtype == jnp.float32 and platform() == "cpu":
+        return winograd.convolve(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -56,8 +59,10 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-# Of a picture whose pixels are doubled, taps 0 1 2 of a kernel see two source pixels: even places (a bc), odd places (ab c)
-_DOUBLED = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)  # [parity, source pixel, tap]
+def _of_doubled(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Three taps along `axis` see two source pixels of a picture whose pixels are doubled: taps 0 12 at even places, 01 2 at odd ones."""
+    first, middle, last = jnp.split(kernel, 3, axis)
+    return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
 
 class UpsampleConv(Conv):
@@ -72,9 +77,9 @@ class UpsampleConv(Conv):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(jnp.float32)
-        kernels = jnp.einsum("pak,qbl,klio->pqabio", _DOUBLED, _DOUBLED, kernel)
+        kernels = [_of_doubled(half, 1) for half in _of_doubled(kernel, 0)]
         sides = (1, 0), (0, 1)  # windows of even places begin one before
-        rows = [jnp.stack([convolve(x, kernels[p, q], pad=(sides[p], sides[q])) for q in (0, 1)], 3) for p in (0, 1)]
+        rows = [jnp.stack([convolve(x, kernels[p][q], pad=(sides[p], sides[q])) for q in (0, 1)], 3) for p in (0, 1)]
         b, h, w, _ = x.shape
         return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(x.dtype)
 
