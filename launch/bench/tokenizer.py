@@ -5,8 +5,8 @@ and training, and what the search in the codebook takes in memory.
     python launch/bench/tokenizer.py --width 128 --size 256 --images 32 --dtype bfloat16            GPU, as published
 
 First both must give the same codes, pictures, loss and gradients in float32: where they do not, nothing is measured. Then they take
-turns. Training is the squared error, the losses of the codebook, backward and Adam. In torch bfloat16 is autocast, and on a GPU
-torch.compile is used and TF32 allowed for what stays float32.
+turns. Training is the squared error, the losses of the codebook, backward and Adam; ours is the step of `train`, metrics and all. In torch
+bfloat16 is autocast, and on a GPU torch.compile is used and TF32 allowed for what stays float32.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from tokenizer_torch import VQ
 
-from vlm_jax.nn.params import merge, split
+from vlm_jax.parallel import rules
+from vlm_jax.parallel.mesh import make_mesh
+from vlm_jax.parallel.mesh_config import MeshConfig
+from vlm_jax.tokenizer_recipe import TokenizerRecipe
+from vlm_jax.train.step import batch_shardings
+from vlm_jax.train.tokenizer_options import TokenizerTrainConfig
+from vlm_jax.train.tokenizer_state import TOKENIZER, books_of, create, networks, under
+from vlm_jax.train.tokenizer_step import IMAGE_AXES, generator_gradients, make_step, scaled
 from vlm_jax.visual_tokenizers import names
 from vlm_jax.visual_tokenizers.codebook import distances, nearest
-from vlm_jax.visual_tokenizers.options import AutoencoderConfig, QuantizerConfig, TokenizerConfig
-from vlm_jax.visual_tokenizers.tokenizer import VisualTokenizer
+from vlm_jax.visual_tokenizers.options import (
+    AdversaryConfig,
+    AutoencoderConfig,
+    CriticConfig,
+    QuantizerConfig,
+    TokenizerConfig,
+)
 
 RATE, BETAS = 1e-4, (0.9, 0.95)
 GAPS = {"latents": 1e-4, "pictures": 1e-3, "loss": 1e-5, "gradients": 1e-3}  # relative to the largest number
@@ -41,58 +49,83 @@ MULTIPLIERS = {"vq16": (1, 1, 2, 2, 4), "vq8": (1, 2, 2, 4)}
 
 
 class Ours:
-    """The tokenizer of this repository; images [B, H, W, 3]."""
+    """The tokenizer and the training step of this repository; images uint8 [B, H, W, 3]."""
 
     def __init__(self, args: argparse.Namespace, config: TokenizerConfig):
-        self.config, self.dtype = config, args.dtype
-        model = VisualTokenizer(config, nnx.Rngs(0))
-        self.books = model.initial(jax.random.key(1))
-        self.graph, self.params = split(model)
-        mesh = Mesh(np.array(jax.devices()[: args.devices]), ("data",))
-        self.split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        self.optimizer = optax.adam(RATE, *BETAS)
-        self.params, self.books = jax.device_put((self.params, self.books), everywhere)
-        self.state = jax.jit(self.optimizer.init, out_shardings=everywhere)((self.params, self.books))
-        self.encode = jax.jit(lambda p, b, x: self.model(p).encode(x.astype(self.dtype), b)[0])
-        self.latents = jax.jit(lambda p, x: self.model(p).latents(x.astype(self.dtype)))
-        self.decode = jax.jit(lambda p, b, codes: self._decode(p, b, codes))
-        self.gradients = jax.jit(jax.value_and_grad(lambda both, x: self._loss(both, x)))
-        self._step = jax.jit(self._update, donate_argnums=(0, 1))
+        self.recipe = TokenizerRecipe(
+            tokenizer=config,
+            critic=CriticConfig("none"),
+            adversary=AdversaryConfig(reconstruction="l2", perceptual_weight=0.0),
+            train=TokenizerTrainConfig(
+                steps=1, global_batch=args.images, lr=RATE, beta1=BETAS[0], beta2=BETAS[1], dtype=args.dtype
+            ),
+        )
+        self.config, self.nets = config, networks(self.recipe)
+        self.mesh = make_mesh(MeshConfig(data=args.devices, fsdp=1), jax.devices()[: args.devices])
+        shape = (1, args.images, args.size, args.size, 3)
+        with rules.use(self.mesh):
+            self.state = create(self.recipe, {})
+            self.update = make_step(self.recipe, {}, {"images": shape})
+            self.where = batch_shardings({"images": shape}, IMAGE_AXES)
+        self.encode, self.decode, self.latents, self.loss = map(
+            self._jitted, (self._encode, self._decode, self._latents, self._gradients)
+        )
+        self.given = {"rate": np.float32(1), "ratio": np.float32(0), "ratio_after": np.float32(0)}
 
-    def model(self, params):
-        return merge(self.graph, params)
+    def _jitted(self, function: Callable) -> Callable:
+        """`function` of (state, arrays), traced and run under the mesh."""
+        jitted = jax.jit(function)
 
-    def _decode(self, params, books, codes):
-        model = self.model(params)
-        latents = model.bottleneck.decode((codes,), books).astype(self.dtype)
+        def run(*args):
+            with rules.use(self.mesh):
+                return jitted(self.state, *args)
+
+        return run
+
+    def _model(self, state):
+        return self.nets.tokenize(state.trainable), books_of({**state.trainable, **state.moving})
+
+    def _pixels(self, images):
+        return scaled(images[0]).astype(self.recipe.train.dtype)
+
+    def _encode(self, state, images):
+        model, books = self._model(state)
+        return model.encode(self._pixels(images), books)[0]
+
+    def _latents(self, state, images):
+        return self._model(state)[0].latents(self._pixels(images))
+
+    def _decode(self, state, codes):
+        model, books = self._model(state)
+        latents = model.bottleneck.decode((codes,), books).astype(self.recipe.train.dtype)
         return model.decoder(model.post_quant_conv(latents))
 
-    def _loss(self, both, x):
-        out = self.model(both[0])(x.astype(self.dtype), both[1], train=True)
-        return jnp.mean((out.image.astype(jnp.float32) - x) ** 2) + sum(out.coded.losses.values())
+    def _gradients(self, state, images):
+        key = jax.random.key(0)
+        grads, results, *_ = generator_gradients(self.nets, state, scaled(images[0]), key, jnp.float32(0))
+        return results["loss"], under(TOKENIZER, grads), books_of(grads)
 
-    def _update(self, both, state, x):
-        loss, gradients = jax.value_and_grad(self._loss)(both, x)
-        updates, state = self.optimizer.update(gradients, state)
-        return optax.apply_updates(both, updates), state, loss
+    def place(self, images: np.ndarray) -> dict[str, jax.Array]:
+        return {"images": jax.device_put(images[None], self.where["images"])}
 
-    def train(self, x) -> None:
-        (self.params, self.books), self.state, loss = self._step((self.params, self.books), self.state, x)
-        jax.block_until_ready(loss)
+    def train(self, batch: dict[str, jax.Array]) -> None:
+        with rules.use(self.mesh):
+            self.state, results = self.update(self.state, batch, self.given)
+        jax.block_until_ready(results)
 
     def jobs(self, images: np.ndarray) -> dict[str, Callable[[], object]]:
         """{name: one round}."""
-        x = jax.device_put(images, self.split)
-        codes = self.encode(self.params, self.books, x)
+        batch = self.place(images)
+        codes = self.encode(batch["images"])
         return {
-            "encode": lambda: jax.block_until_ready(self.encode(self.params, self.books, x)),
-            "decode": lambda: jax.block_until_ready(self.decode(self.params, self.books, codes)),
-            "train": lambda: self.train(x),
+            "encode": lambda: jax.block_until_ready(self.encode(batch["images"])),
+            "decode": lambda: jax.block_until_ready(self.decode(codes)),
+            "train": lambda: self.train(batch),
         }
 
 
 class Theirs:
-    """The network in torch; images [B, 3, H, W]."""
+    """The network in torch; images float32 [B, 3, H, W]."""
 
     def __init__(self, args: argparse.Namespace, config: TokenizerConfig, weights: dict[str, np.ndarray]):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +141,7 @@ class Theirs:
         self.name = f"torch {torch.__version__} {self.device}{', compiled' if compiled else ''}"
 
     def place(self, images: np.ndarray) -> torch.Tensor:
-        x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous()
+        x = torch.tensor(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1).contiguous()
         return x.to(self.device, memory_format=self.format)
 
     def _synchronised(self, function: Callable, *args) -> Callable[[], None]:
@@ -149,11 +182,11 @@ def gap(ours, theirs) -> float:
 
 def check(ours: Ours, theirs: Theirs, images: np.ndarray) -> str:
     """Both networks agree in float32, or SystemExit says where they do not."""
-    x, t = jax.device_put(images, ours.split), theirs.place(images)
+    x, t = ours.place(images)["images"], theirs.place(images)
     with jax.default_matmul_precision("highest"):
-        mine = ours.encode(ours.params, ours.books, x), ours.latents(ours.params, x)
-        picture = ours.decode(ours.params, ours.books, mine[0])
-        loss, gradients = ours.gradients((ours.params, ours.books), x)
+        mine = ours.encode(x), ours.latents(x)
+        picture = ours.decode(mine[0])
+        loss, *gradients = ours.loss(x)
     with torch.no_grad():
         other = theirs.model.encode(t).cpu().numpy(), theirs.model.latents(t).permute(0, 2, 3, 1).cpu().numpy()
         shown = theirs.model.decode(torch.tensor(np.array(mine[0], np.int64), device=t.device)).permute(0, 2, 3, 1)
@@ -228,14 +261,15 @@ def main() -> None:
         AutoencoderConfig(args.width, multipliers, BLOCKS, (256 >> len(multipliers) - 1,), latent=LATENT),
         QuantizerConfig(codes=(args.codes,), width=CODE_WIDTH, normalise=True),
     )
-    images = np.random.default_rng(0).uniform(-1, 1, (args.images, args.size, args.size, 3)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (args.images, args.size, args.size, 3), np.uint8)
     exact = Ours(argparse.Namespace(**vars(args) | {"dtype": "float32"}), config)
-    theirs = Theirs(args, config, names.write(config, exact.params, exact.books))
+    leaves = exact.state.trainable
+    theirs = Theirs(args, config, names.write(config, under(TOKENIZER, leaves), books_of(leaves)))
     print(check(exact, theirs, images))
     if args.dtype == "bfloat16":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     ours = exact if args.dtype == "float32" else Ours(args, config)
-    size = sum(x.size for x in ours.params.values()) / 1e6
+    size = sum(x.size for x in ours.state.trainable.values()) / 1e6
     print(f"{size:.1f} M parameters, {args.images} images of {args.size} x {args.size}, {args.dtype}; jax {jax.__version__} "
           f"{args.devices} {jax.devices()[0].device_kind}; {theirs.name}")  # fmt: skip
     sides = {"ours": ours.jobs(images), "torch": theirs.jobs(images)}
