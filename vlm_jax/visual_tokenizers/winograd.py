@@ -43,15 +43,15 @@ A = np.array(  # of six products, each output
     ]
 )
 WIDE = 64  # channels below which sums cost more than the products they save
-PIXELS = 1024  # of a picture below which six kernels do
-TURNED = 4096  # likewise where they are turned around
+# pixels of a picture below which six kernels do: as they are, turned around for the gradient of x, and as their own gradients
+FORWARD, TO_X, TO_KERNEL = 1024, 4096, 64
 THIN = 8  # channels whose nine places are cheap to lay side by side
 
 
 @jax.custom_vjp
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Cross-correlation of [B, H, W, I] with [3, 3, I, O], zeros of one pixel around: [B, H, W, O]; keeps x and the kernel alone."""
-    return (by_products if _saves(x, kernel, PIXELS) else plain)(x, kernel, "HWIO")
+    return (by_products if _saves(x, kernel, FORWARD) else plain)(x, kernel, "HWIO")
 
 
 def _kept(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -60,8 +60,8 @@ def _kept(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, 
 
 def _gradients(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    to_x = by_products if _saves(x, kernel, TURNED) else plain
-    if _saves(x, kernel, PIXELS):
+    to_x = by_products if _saves(x, kernel, TO_X) else plain
+    if _saves(x, kernel, TO_KERNEL):
         to_kernel = kernel_by_products(x, g)
     elif min(kernel.shape[2:]) <= THIN:
         to_kernel = kernel_of_thin(x, g)
