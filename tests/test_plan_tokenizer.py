@@ -37,6 +37,8 @@ def test_convolutions_and_matrix_products_are_counted():
     images, kernel = array(2, 16, 16, 4), array(3, 3, 4, 8)
     same = lambda x, k: convolve(x, k, pad=1)
     assert products(same, images, kernel) == (2 * 2 * 16 * 16 * 8 * 9 * 4, 0)
+    wide = array(1, 32, 32, 64), array(3, 3, 64, 64)
+    assert products(same, *wide) == (2 * 32 * 32 * 64 * 9 * 64, 0), "all of them, of which a CPU saves half"
     halved = lambda x, k: convolve(x, k, stride=2, pad=((0, 1), (0, 1)))
     forward = 2 * 2 * 8 * 8 * 8 * 9 * 4
     assert products(halved, images, kernel) == (forward, 0)

@@ -31,6 +31,7 @@ DEFAULT_RULES: Rules = {
 }
 
 _current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh_and_rules", default=None)
+_usual: contextvars.ContextVar[bool] = contextvars.ContextVar("usual_ways", default=False)
 
 
 @contextlib.contextmanager
@@ -43,6 +44,16 @@ def use(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[Mesh]:
             yield mesh
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def usual_ways() -> Iterator[None]:
+    """Trace everything inside without what is special to one platform: to count work, not to do it."""
+    token = _usual.set(True)
+    try:
+        yield
+    finally:
+        _usual.reset(token)
 
 
 def _exists(mesh: Mesh) -> bool:
@@ -62,8 +73,10 @@ def current() -> tuple[Mesh, Rules] | None:
 def platform() -> str:
     """Where the program that is being traced will run: "cpu", "gpu" or "tpu". A mesh may be of devices that are not there.
 
-    GPUs that are not there are "absent gpu": kernels of libraries that ask the GPU itself cannot be compiled for them.
+    GPUs that are not there are "absent gpu": kernels of libraries that ask the GPU itself cannot be compiled for them. "any": `usual_ways`.
     """
+    if _usual.get():
+        return "any"
     current = _current.get()
     name = jax.default_backend() if current is None else current[0].devices.flat[0].platform
     name = "gpu" if name in ("cuda", "rocm") else name
