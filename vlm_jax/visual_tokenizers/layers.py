@@ -23,10 +23,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, pad: int | Paddin
     sides = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
     # gathered first: of kernels that are cut along I, XLA makes a loop which adds the whole result once per device (10x as slow on TPUs)
     kernel = shard(kernel.astype(x.dtype), None, None, None, None)
-    on_cpu = platform() == "cpu" and stride == 1
-    if on_cpu and (kernel.shape[0], pad) == (1, 0):  # XLA's gradient of such a kernel takes up to 3 x as long
-        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
-    if on_cpu and (kernel.shape[0], pad) == (3, 1) and x.dtype == jnp.float32:
+    if (kernel.shape[0], stride, pad) == (3, 1, 1) and x.dtype == jnp.float32 and platform() == "cpu":
         return winograd.convolve(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), sides, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
