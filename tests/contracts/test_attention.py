@@ -15,6 +15,7 @@ from vlm_jax.nn.attention import Mask, attention, choose, refusal
 from vlm_jax.nn.dropout import dropout_key
 from vlm_jax.parallel import rules
 from vlm_jax.parallel.mesh import MeshConfig, make_mesh
+from vlm_jax.planning.collectives import collectives
 
 
 def qkv(rows=2, slots=24, keys=None, heads=4, kv_heads=2, width=8, seed=0, dtype=jnp.float32):
@@ -190,6 +191,27 @@ def test_flash_under_a_mesh_equals_dense(interpreted):
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-4)
     for ours, theirs in zip(grads, wanted):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+def test_gradient_of_diagonals_crosses_devices_as_diagonals(impl):
+    """Summed over a device's rows and along diagonals first: T + S - 1 numbers per head, and not T S."""
+    q, k, v = qkv(rows=4, slots=256, heads=2, kv_heads=2, width=64)
+    ids, diagonals = packed(4, 256, (120, 100)), jax.random.normal(jax.random.key(2), (2, 511))
+
+    def f(q, diagonals):
+        return (attention(q, k, v, Mask(False, None, ids, ids, diagonals=diagonals), impl) ** 2).sum()
+
+    both = jax.jit(jax.value_and_grad(f, (0, 1)))
+    wanted_loss, wanted = both(q, diagonals)
+    with rules.use(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        q, diagonals = rules.shard(q, "batch", None, "act_heads", None), rules.shard(diagonals, "act_heads", None)
+        text = both.lower(q, diagonals).compile().as_text()
+        loss, grads = both(q, diagonals)
+    assert max(one.result for one in collectives(text, 8) if one.kind == "all-reduce") <= diagonals.nbytes
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for ours, theirs in zip(grads, wanted):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_lowers_for_tpu_with_the_flash_kernel():

@@ -89,6 +89,12 @@ def alone() -> bool:
     return current is None or current[0].size == 1
 
 
+def free_axes() -> set[str]:
+    """Axes of the mesh in use that no enclosing shard_map has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set(mesh.axis_names) - set(mesh.manual_axes)
+
+
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PartitionSpec:
     """PartitionSpec of an array of `shape` with logical `axes`.
 
