@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.parallel import rules
+from vlm_jax.parallel.mesh import MeshConfig, make_mesh
+from vlm_jax.planning.collectives import collectives
 from vlm_jax.train.losses import cross_entropy
 
 
@@ -56,7 +59,7 @@ def test_groups_without_loss_are_skipped_on_one_device_alone(monkeypatch):
     m = (np.random.default_rng(1).random(y.shape) < 0.1).astype(np.float32)
 
     def found(one_device):
-        monkeypatch.setattr("vlm_jax.train.losses.alone", lambda: one_device)
+        monkeypatch.setattr("vlm_jax.train.losses.rules.alone", lambda: one_device)
 
         def loss(x, w):
             sums = cross_entropy(x, w, y, m, 4)
@@ -66,6 +69,30 @@ def test_groups_without_loss_are_skipped_on_one_device_alone(monkeypatch):
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found(True), found(False))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 1, 4), (1, 1, 4, 2)], ids=str
+)
+def test_devices_sum_over_what_they_hold(sizes, dtype):
+    """On every mesh the same sums and gradients, and the kernel and its gradient cross the links once, not once a group."""
+    x, w, y, m = map(jnp.asarray, case(B=8, T=64, D=16, V=96))
+
+    def loss(x, w):
+        sums = cross_entropy(x.astype(dtype), w, y, m, 8)
+        return sums.loss, sums
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, sums), wanted = both(x, w)
+    with rules.use(make_mesh(MeshConfig(*sizes))):
+        x, w = rules.shard(x, "batch", "length", None), rules.shard(w, "embed", "vocab")
+        (_, found), grads = both(x, w)
+        text = both.lower(x, w).compile().as_text()
+    np.testing.assert_allclose(found, sums, rtol=1e-5)
+    for ours, theirs in zip(grads, wanted):
+        assert jnp.abs(ours - theirs).max() <= jnp.abs(theirs).max() * (1e-6 if dtype == jnp.float32 else 2e-2)
+    assert all(one.runs == 1 for one in collectives(text, 8) if one.result > 4 * 64), "more than a number per slot"
 
 
 def test_no_supervised_token_gives_zeros():

@@ -16,7 +16,7 @@ their results behind it: rows are cut into 2n halves, and device i computes halv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def split_over(slots: int) -> int:
     if current is None:
         return 1
     (length,) = rules.spec(("length",), (slots,), *current)
-    return int(np.prod([current[0].shape[axis] for axis in _axes(length)]))
+    return int(np.prod([current[0].shape[axis] for axis in rules.axes_of(length)]))
 
 
 def refusal(q: jax.Array, k: jax.Array, mask: Mask) -> str | None:
@@ -72,16 +72,12 @@ def context(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, 
     shape = q.shape[0], q.shape[1], k.shape[2]
     batch, length, heads = rules.spec(("batch", "length", "act_heads"), shape, mesh, table)
     if name == "chunked":  # rows and heads stay whole for its dropout, which then is that of one device
-        return _apart(name, q, k, v, mask, scale, _Shards(mesh, (), _axes(length), (), set(_axes(length))))
-    shards = _Shards(mesh, _axes(batch), _axes(length), _axes(heads), set(mesh.axis_names))
+        own = rules.axes_of(length)
+        return _apart(name, q, k, v, mask, scale, _Shards(mesh, (), own, (), set(own)))
+    shards = _Shards(mesh, rules.axes_of(batch), rules.axes_of(length), rules.axes_of(heads), set(mesh.axis_names))
     if name == "splash":
         return _splash(q, k, v, mask, scale, shards)
     return _apart(name, q, k, v, mask, scale, shards)
-
-
-def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Mesh axes of one dimension of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,11 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Ru
     return PartitionSpec(*out)
 
 
+def axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Mesh axes of one dimension of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def sharding(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES
 ) -> NamedSharding:
