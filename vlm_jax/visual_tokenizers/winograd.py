@@ -9,6 +9,8 @@ they save. GPU libraries choose such algorithms themselves, and matrix units of 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,7 @@ WIDE = 64  # channels below which sums cost more than the products they save
 # pixels of a picture below which six kernels do: as they are, turned around for the gradient of x, and as their own gradients
 FORWARD, TO_X, TO_KERNEL = 1024, 4096, 64
 THIN = 8  # channels whose nine places are cheap to lay side by side
+FEW = 256  # pixels of all pictures up to which turning a kernel around costs more than moving what its nine places give
 
 
 @jax.custom_vjp
@@ -60,14 +63,17 @@ def _kept(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, 
 
 def _gradients(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    to_x = by_products if _saves(x, kernel, TO_X) else plain
+    if math.prod(x.shape[:3]) <= FEW:
+        to_x = x_by_places(g, kernel)
+    else:
+        to_x = (by_products if _saves(x, kernel, TO_X) else plain)(g, kernel[::-1, ::-1], "HWOI")
     if _saves(x, kernel, TO_KERNEL):
         to_kernel = kernel_by_products(x, g)
     elif min(kernel.shape[2:]) <= THIN:
         to_kernel = kernel_of_thin(x, g)
     else:
         to_kernel = jax.vjp(lambda k: plain(x, k, "HWIO"), kernel)[1](g)[0]
-    return to_x(g, kernel[::-1, ::-1], "HWOI"), to_kernel
+    return to_x, to_kernel
 
 
 convolve.defvjp(_kept, _gradients)
@@ -99,6 +105,14 @@ def kernel_by_products(x: jax.Array, g: jax.Array) -> jax.Array:
     windows = _windows(x)
     by_row = [[_contract(v[:, i : i + h], d) for v, d in zip(windows, of_products)] for i in range(3)]
     return jnp.stack([jnp.stack(_combine(G.T, row)) for row in by_row])
+
+
+def x_by_places(g: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Gradient [B, H, W, I] from that of the result g [B, H, W, O]: one product with the kernel as it lies, whose nine places then move."""
+    b, h, w, o = g.shape
+    found = g.reshape(-1, o) @ kernel.reshape(-1, o).T
+    found = jnp.pad(found.reshape(b, h, w, 3, 3, -1), ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
+    return sum(found[:, 2 - r : 2 - r + h, 2 - c : 2 - c + w, r, c] for r in range(3) for c in range(3))
 
 
 def kernel_of_thin(x: jax.Array, g: jax.Array) -> jax.Array:
