@@ -75,9 +75,10 @@ def test_groups_without_loss_are_skipped_on_one_device_alone(monkeypatch):
 @pytest.mark.parametrize(
     "sizes", [(1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 1, 4), (1, 1, 4, 2)], ids=str
 )
-def test_devices_sum_over_what_they_hold(sizes, dtype):
+@pytest.mark.parametrize("rows", [8, 2])
+def test_devices_sum_over_what_they_hold(sizes, rows, dtype):
     """On every mesh the same sums and gradients, and the kernel and its gradient cross the links once, not once a group."""
-    x, w, y, m = map(jnp.asarray, case(B=8, T=64, D=16, V=96))
+    x, w, y, m = map(jnp.asarray, case(B=rows, T=64, D=16, V=96))
 
     def loss(x, w):
         sums = cross_entropy(x.astype(dtype), w, y, m, 8)

@@ -218,6 +218,14 @@ def test_adam_is_the_published_one():
             np.testing.assert_allclose(ours[p], params[p], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "axes, size, wanted",
+    [("embed", 12, ("fsdp", "seq")), ("embed", 6, ("fsdp",)), ("embed", 5, None), ("batch", 4, ("data", "fsdp")), ("batch", 2, ("data",))],
+)  # fmt: skip
+def test_axes_that_do_not_divide_are_left_out_from_the_end(axes, size, wanted):
+    assert rules.spec((axes,), (size,), mesh_of(MeshConfig(data=2, fsdp=2, seq=2))) == jax.P(wanted)
+
+
 def test_tied_heads_shard_too():
     tied = dataclasses.replace(MODEL, llm=dataclasses.replace(LLM, tie=True))
     with rules.use(mesh_of(MESHES["fsdp4_tensor2"])):

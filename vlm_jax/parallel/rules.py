@@ -19,7 +19,7 @@ Rules = Mapping[str, tuple[str, ...]]
 # Parameter axes first, then activation axes. A name that is absent is not sharded.
 DEFAULT_RULES: Rules = {
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "seq"),  # devices that share a row share the parameters too
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -98,18 +98,17 @@ def free_axes() -> set[str]:
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> PartitionSpec:
     """PartitionSpec of an array of `shape` with logical `axes`.
 
-    A mesh axis is used at most once (first dimension wins), and a dimension that the mesh axes do not divide is left
-    whole, because jit refuses uneven shards at its boundary.
+    A mesh axis is used at most once (first dimension wins). Where the mesh axes do not divide a dimension the last of them are left
+    out until the others do, because jit refuses uneven shards at its boundary.
     """
     taken: set[str] = set()
     out: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         names = tuple(a for a in rules.get(name, ()) if mesh.shape.get(a, 1) > 1 and a not in taken) if name else ()
-        if names and size % math.prod(mesh.shape[a] for a in names) == 0:
-            taken.update(names)
-            out.append(names)
-        else:
-            out.append(None)
+        while size % math.prod(mesh.shape[a] for a in names):
+            names = names[:-1]
+        taken.update(names)
+        out.append(names or None)
     return PartitionSpec(*out)
 
 
