@@ -116,7 +116,7 @@ def page(recipe: Planned, p: Plan) -> str:
 def too_large(recipe: Planned, p: Plan) -> str:
     """One sentence: how much is missing and what helps."""
     needs = "more than there is" if math.isinf(p.needed) else f"{gib(p.needed)} GiB"
-    helps = "a larger mesh.fsdp or mesh.tensor, train.remat=full, a larger train.accum, or let --search try"
+    helps = "a larger mesh.fsdp, mesh.tensor or, for long rows, mesh.seq, train.remat=full, a larger train.accum, or let --search try"
     if isinstance(recipe, TokenizerRecipe):
         helps = "a smaller train.global_batch, or train.dtype=bfloat16"
     elif p.step != "train":
