@@ -130,17 +130,17 @@ def _scan(
         x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(x.shape[0], groups, per_group, *x.shape[2:]), 1, 0)
 
-    def add(total: _Found, group: tuple) -> tuple[_Found, jax.Array | None]:
-        def compute(total: _Found, x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[_Found, jax.Array | None]:
+    def add(total: tuple, group: tuple) -> tuple[tuple, jax.Array | None]:
+        def compute(total: tuple, x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[tuple, jax.Array | None]:
             x, y, w = x.reshape(-1, x.shape[-1]), y.reshape(-1), w.reshape(-1)
             sums, change = _group(jnp.matmul(x, whole, preferred_element_type=jnp.float32), y, w, way)
-            change, to_kernel = change.astype(x.dtype), total.kernel
+            change, (so_far, to_kernel) = change.astype(x.dtype), total
             if by_kernel:
                 to_kernel += jnp.matmul(x.T, change, preferred_element_type=jnp.float32)
             to_hidden = (change @ whole.T).reshape(len(hidden), -1, x.shape[-1]) if by_hidden else None
-            return _Found(jax.tree.map(jnp.add, total.sums, sums), None, to_kernel), to_hidden
+            return (jax.tree.map(jnp.add, so_far, sums), to_kernel), to_hidden
 
-        def skip(total: _Found, x: jax.Array, *_) -> tuple[_Found, jax.Array | None]:
+        def skip(total: tuple, x: jax.Array, *_) -> tuple[tuple, jax.Array | None]:
             return total, jnp.zeros_like(x) if by_hidden else None
 
         if not skipping:
@@ -148,9 +148,8 @@ def _scan(
         return jax.lax.cond(jnp.any(group[2] != 0), compute, skip, total, *group)
 
     nothing = LossSums(*[jnp.zeros((), jnp.float32)] * 3)
-    empty = _Found(nothing, None, jnp.zeros(whole.shape, jnp.float32) if by_kernel else None)
-    found, to_hidden = jax.lax.scan(add, empty, (cut(hidden), cut(targets), cut(weights)))
-    to_kernel = found.kernel
+    empty = nothing, jnp.zeros(whole.shape, jnp.float32) if by_kernel else None
+    (sums, to_kernel), to_hidden = jax.lax.scan(add, empty, (cut(hidden), cut(targets), cut(weights)))
     if by_kernel:
         if way.embed:
             to_kernel = jax.lax.psum_scatter(to_kernel, way.embed, scatter_dimension=0, tiled=True)
@@ -158,7 +157,7 @@ def _scan(
     if by_hidden:
         to_hidden = jnp.moveaxis(to_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, :slots]
         to_hidden = _in_order(to_hidden, jnp.argsort(order, axis=1)) if skipping else to_hidden
-    return _Found(found.sums, to_hidden, to_kernel)
+    return _Found(sums, to_hidden, to_kernel)
 
 
 def _group(logits: jax.Array, targets: jax.Array, weights: jax.Array, way: _Way) -> tuple[LossSums, jax.Array]:
